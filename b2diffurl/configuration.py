@@ -1,0 +1,141 @@
+"""Reading the configuration from the command line and checking all of it before any model loads."""
+
+import json
+import math
+import pathlib
+import sys
+
+METHODS = {  # method -> (backward progressive training, branches)
+    "b2": (True, True),
+    "ddpo_bpt": (True, False),
+    "ddpo_bs": (False, True),
+    "ddpo": (False, False),
+}
+PRECISIONS = ("no", "fp16", "bf16")
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line that names the field or file and the way out."""
+
+
+def run_main(main, **options):
+    """Parse the command line, check the configuration, call main(config, **options); a UserError is one line, exit 2.
+
+    options: further string flags of the command with their defaults; a default of None makes the flag required.
+    """
+    try:
+        config, options = parse(sys.argv, options)
+        main(config, **options)
+    except UserError as error:
+        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last finished step")
+
+
+def parse(argv, options=None):
+    """Command line -> (checked ConfigDict, {option: value}). Raises UserError for anything unknown or badly typed."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", "config/stage_process.py", flag_values=values)
+    options = options or {}
+    for name, default in options.items():
+        flags.DEFINE_string(name, default, f"{name} of the command", flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        config = values["config"].value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        known = "see config/stage_process.py for the presets and fields"
+        raise UserError(f"{' '.join(str(error).split())} ({known})") from None
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}: settings look like --config.sample.groups=48")
+    given = {name: values[name].value for name in options}
+    if missing := [name for name, value in given.items() if value is None]:
+        raise UserError(f"--{missing[0]} is missing")
+    check(config)
+    return config, given
+
+
+def _require(condition, field, value, wanted):
+    if not condition:
+        raise UserError(f"config.{field}={value!r}: {wanted}")
+
+
+def check(config):
+    """Raise UserError for the first value that no run could work with, missing files included."""
+    _require(config.exp_name and "/" not in config.exp_name and not config.exp_name.startswith("."),
+             "exp_name", config.exp_name, "must be a plain folder name")  # fmt: skip
+    _require(config.method in METHODS, "method", config.method, f"must be one of {', '.join(METHODS)}")
+    _require(config.mixed_precision in PRECISIONS, "mixed_precision", config.mixed_precision,
+             f"must be one of {', '.join(PRECISIONS)}")  # fmt: skip
+    _require(config.log_with in ("", "wandb"), "log_with", config.log_with, 'must be "" or "wandb"')
+    _require(config.train.algorithm == "ddpo_is", "train.algorithm", config.train.algorithm, "must be ddpo_is")
+    _require(config.reward.name == "clip", "reward.name", config.reward.name, "must be clip")
+    at_least = {
+        "schedule.stage_count": 1, "schedule.left": 1, "sample.num_steps": 1, "sample.groups": 1, "sample.branches": 1,
+        "sample.batch_size": 1, "reward.batch_size": 1, "select.history": 0, "train.batch_size": 1,
+        "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.lora_rank": 1,
+        "evaluate.images_per_prompt": 1,
+    }  # fmt: skip
+    for field, low in at_least.items():
+        section, name = field.split(".")
+        _require(config[section][name] >= low, field, config[section][name], f"must be at least {low}")
+    for field in ("sample.eta", "train.learning_rate", "train.clip_range", "train.max_grad_norm", "train.adv_clip"):
+        section, name = field.split(".")
+        value = config[section][name]
+        _require(math.isfinite(value) and value > 0, field, value, "must be a finite number above 0")
+    _require(config.sample.eta <= 1, "sample.eta", config.sample.eta, "must be at most 1")
+    _check_schedule(config)
+    read_prompts(config.prompts.train)
+    read_prompts(config.prompts.test)
+    _check_model_folder("pretrained.model", config.pretrained.model, "model_index.json")
+    if config.reward.model.startswith("local-dir:"):
+        _check_model_folder("reward.model", config.reward.model.removeprefix("local-dir:"), "open_clip_config.json")
+
+
+def _check_schedule(config):
+    from .schedule import KINDS
+
+    schedule, steps = config.schedule, config.sample.num_steps
+    _require(schedule.kind in KINDS, "schedule.kind", schedule.kind, f"must be one of {', '.join(KINDS)}")
+    _require(schedule.left <= schedule.right, "schedule.left", schedule.left,
+             f"must be at most config.schedule.right={schedule.right}")  # fmt: skip
+    _require(schedule.right <= steps, "schedule.right", schedule.right,
+             f"the interval cannot be longer than config.sample.num_steps={steps}")  # fmt: skip
+    _require(0 <= config.stage < schedule.stage_count, "stage", config.stage,
+             f"must be in 0..{schedule.stage_count - 1} (config.schedule.stage_count - 1)")  # fmt: skip
+
+
+def _check_model_folder(field, value, marker):
+    """A path must exist; a hub id (owner/name, nothing of that name on disk) is left to the hub."""
+    folder = pathlib.Path(value)
+    looks_like_hub_id = (
+        value.count("/") == 1 and not value.startswith((".", "/", "~", "model/")) and not folder.exists()
+    )
+    if not looks_like_hub_id and not (folder / marker).is_file():
+        raise UserError(f"config.{field}={value!r}: no model folder (no {marker} there); give a folder or a hub id")
+
+
+def read_prompts(path):
+    """A prompt file, a JSON array of non-empty strings -> list. Raises UserError naming the file."""
+    try:
+        prompts = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"prompt file {path} does not exist; set config.prompts.train and config.prompts.test"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"prompt file {path} cannot be read as JSON: {error}") from None
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise UserError(f'prompt file {path} must hold a JSON array of one or more non-empty strings, like ["a cat"]')
+    return prompts
+
+
+def interval_of(config):
+    """(start, stop) of the denoising steps that config.stage trains; without progressive training, always `right`."""
+    from .schedule import interval
+
+    kind = config.schedule.kind if METHODS[config.method][0] else "constant"
+    schedule = config.schedule
+    return interval(kind, config.stage, schedule.stage_count, schedule.left, schedule.right, config.sample.num_steps)

@@ -1,0 +1,151 @@
+"""Before and after: the base model and a checkpoint on the same prompts with the same fixed noise.
+
+`python -m b2diffurl.evaluate --config config/stage_process.py:PRESET --checkpoint DIR --out DIR`
+"""
+
+import pathlib
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import files, models
+from .branch_sampling import Sampler
+from .configuration import read_prompts, run_main
+from .noise import stream_noise, stream_seed
+from .rewards import load_reward
+
+RESAMPLES = 10_000
+
+
+def main(config, checkpoint, out):
+    """Write eval.json and before_after.png into `out`, and print the table; needs the checkpoint folder."""
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    reward = load_reward(config, models.device())
+    lists = {"train": read_prompts(config.prompts.train), "held-out": read_prompts(config.prompts.test)}
+    results, pictures = [], {}
+    for model, folder in (("before", None), ("after", checkpoint)):
+        images = generate(config, lists, folder, model)
+        for name, prompts in lists.items():
+            results.append({"model": model, "prompts": name, **measure(config, reward, prompts, images[name])})
+            pictures[model, name] = images[name]
+    files.write_json(out / "eval.json", {"checkpoint": str(checkpoint), "results": results})
+    side_by_side(config, lists, pictures).save(out / "before_after.png")
+    print(table(results))
+
+
+@torch.no_grad()
+def generate(config, lists, checkpoint, label):
+    """{list name: PIL images, evaluate.images_per_prompt a prompt}, by the base model or with a checkpoint's LoRA.
+
+    The noise of an image depends on evaluate.seed, its prompt and its number alone.
+    """
+    from tqdm import tqdm
+
+    names, count = list(lists), config.evaluate.images_per_prompt
+    distinct = list(dict.fromkeys(p for name in names for p in lists[name]))
+    embeds = models.embed_prompts(config, [*distinct, ""])
+    unet, vae, scheduler = models.load_unet(config), models.load_vae(config), models.load_scheduler(config)
+    if checkpoint:
+        models.load_lora(unet, checkpoint)
+    device = models.device()
+    sampler = Sampler(
+        unet,
+        scheduler,
+        embeds[-1:].to(device),
+        config.sample.guidance_scale,
+        config.sample.eta,
+        config.sample.batch_size,
+    )
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    wanted = [(name, prompt, i) for name in names for prompt in lists[name] for i in range(count)]
+    images = {name: [] for name in names}
+    steps = config.sample.num_steps
+    for first in tqdm(range(0, len(wanted), config.sample.batch_size), desc=f"images {label}", leave=False):
+        batch = wanted[first : first + config.sample.batch_size]
+        seeds = [stream_seed(config.evaluate.seed, "evaluation", prompt, i) for _, prompt, i in batch]
+        noise = torch.stack([stream_noise(seed, steps + 1, shape) for seed in seeds])
+        latents = (noise[:, 0] * scheduler.init_noise_sigma).to(device, unet.dtype)
+        own = embeds[[distinct.index(prompt) for _, prompt, _ in batch]].to(device)
+        path, _ = sampler.denoise(latents, own, noise[:, 1:], range(steps))
+        for (name, _, _), picture in zip(batch, models.decode(vae, path[:, -1]), strict=True):
+            images[name].append(Image.fromarray(picture.numpy()))
+    return images
+
+
+def measure(config, reward, prompts, images):
+    """Reward, its spread, diversity and, where asked for, oracle alignment; intervals are resampled over prompts."""
+    count = config.evaluate.images_per_prompt
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    scores = np.asarray(reward(images, repeated), dtype=np.float64).reshape(-1, count)
+    values = {
+        "images": len(images),
+        "reward": scores.mean(),
+        "reward_interval": bootstrap_interval(scores.mean(1)),
+        "diversity": feature_distance(reward.features(images).float().cpu().numpy().reshape(len(prompts), count, -1)),
+    }
+    if config.evaluate.oracle:
+        right = oracle_verdicts(images, repeated).reshape(-1, count)
+        values["oracle"] = right.mean()
+        values["oracle_interval"] = bootstrap_interval(right.mean(1))
+    return values
+
+
+def oracle_verdicts(images, prompts):
+    """The shapes oracle on PIL images -> float64 (N,) of 0 and 1."""
+    from .shapes.oracle import holds
+
+    pictures = torch.tensor(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+    return holds(pictures, prompts).double().numpy()
+
+
+def feature_distance(features):
+    """Mean cosine distance between the images of one prompt; features (prompts, images, D) are unit vectors."""
+    count = features.shape[1]
+    if count < 2:
+        return 0.0
+    total = features.sum(1)
+    mean_cosine = ((total**2).sum(1) - count) / (count * (count - 1))
+    return float(1 - mean_cosine.mean())
+
+
+def bootstrap_interval(per_prompt):
+    """95 % percentile interval of the mean, resampling prompts: [low, high]."""
+    rng = np.random.default_rng(0)
+    means = per_prompt[rng.integers(len(per_prompt), size=(RESAMPLES, len(per_prompt)))].mean(1)
+    return np.quantile(means, [0.025, 0.975]).tolist()
+
+
+def table(results):
+    """The before/after table as text."""
+    lines = ["prompts   model   images  reward                 oracle alignment       diversity"]
+    for r in sorted(results, key=lambda r: r["prompts"], reverse=True):
+        cells = [f"{r['prompts']:<9} {r['model']:<7} {r['images']:>6}"]
+        for name in ("reward", "oracle"):
+            if name in r:
+                low, high = r[f"{name}_interval"]
+                cells.append(f"{r[name]:.3f} [{low:.3f}, {high:.3f}]")
+            else:
+                cells.append(f"{'-':<20}")
+        lines.append("   ".join([*cells, f"{r['diversity']:.4f}"]))
+    return "\n".join(lines)
+
+
+def side_by_side(config, lists, pictures, prompts=6, images=4, tile=96):
+    """Contact sheet: a row a prompt, its first images before on the left and after on the right."""
+    rows = []
+    count = config.evaluate.images_per_prompt
+    for name in lists:
+        for i in range(min(prompts, len(lists[name]))):
+            row = []
+            for model in ("before", "after"):
+                chosen = pictures[model, name][i * count : i * count + min(images, count)]
+                row += [np.asarray(image.resize((tile, tile), Image.Resampling.NEAREST)) for image in chosen]
+                row.append(np.full((tile, 8, 3), 255, np.uint8))
+            rows.append(np.concatenate(row[:-1], axis=1))
+    return Image.fromarray(np.concatenate(rows))
+
+
+if __name__ == "__main__":
+    run_main(main, checkpoint=None, out=None)

@@ -1,0 +1,87 @@
+"""Where a run's files are, and how they are written: aside first, then renamed, so that no file is ever half there."""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import sys
+
+from .configuration import UserError
+
+
+class Run:
+    """The paths of one run, and of its stage config.stage."""
+
+    def __init__(self, config):
+        self.folder = pathlib.Path(config.save_path) / config.exp_name
+        self.stage = self.folder / f"stage{config.stage}"
+        self.previous = self.folder / f"stage{config.stage - 1}" if config.stage else None
+        self.log = pathlib.Path("log") / f"{config.exp_name}.log"
+        self.metrics = self.folder / "metrics.jsonl"
+
+
+def checkpoint(stage_folder):
+    """The stage's final checkpoint folder: its LoRA and optimiser state after training."""
+    return stage_folder / "checkpoints" / "checkpoint_1"
+
+
+def require_checkpoint(stage_folder):
+    """checkpoint(stage_folder), or UserError if that stage was not trained."""
+    folder = checkpoint(stage_folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: stage {stage_folder.name.removeprefix('stage')} must be trained first")
+    return folder
+
+
+def write_json(path, value):
+    """Write a JSON file atomically."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_tensors(path, tensors):
+    """Write a safetensors file atomically; tensors: {name: CPU tensor}."""
+    from safetensors.torch import save_file
+
+    aside = path.with_name(path.name + ".tmp")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, aside)
+    os.replace(aside, path)
+
+
+def read_json(path, step):
+    """A JSON file of an earlier step; UserError if it is missing or broken, naming the step that makes it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run {step} on this stage first") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is broken ({error}): delete the stage's folder and run {step} again") from None
+
+
+@contextlib.contextmanager
+def fresh_folder(target):
+    """A scratch folder beside `target` that becomes it, whole, when the block ends without an error."""
+    aside = target.with_name(target.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+
+
+def start_log(run):
+    """Log to the terminal and to log/<exp_name>.log; returns the logger."""
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    log = logging.getLogger("b2diffurl")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers.clear()
+    stamped = logging.FileHandler(run.log, encoding="utf-8")
+    stamped.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(stamped)
+    log.addHandler(logging.StreamHandler(sys.stdout))
+    return log

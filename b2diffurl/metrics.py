@@ -1,0 +1,33 @@
+"""metrics.jsonl: one JSON object a line, one line a (stage, step)."""
+
+import json
+import os
+
+
+def read(path):
+    """All records of a metrics.jsonl, in order; an empty list where there is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def record(path, config, step, values):
+    """Add a step's line, in place of one that an interrupted try at the same stage and step left."""
+    line = {"stage": config.stage, "step": step, **values}
+    others = [r for r in read(path) if (r["stage"], r["step"]) != (config.stage, step)]
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in [*others, line]), encoding="utf-8")
+    os.replace(aside, path)
+    if config.log_with == "wandb":
+        _send_to_wandb(config, line)
+
+
+def _send_to_wandb(config, line):
+    """One run per experiment, continued by every step of every stage."""
+    import wandb
+
+    run = wandb.init(
+        project="b2diffurl", id=config.exp_name, name=config.exp_name, config=config.to_dict(), resume="allow"
+    )
+    run.log(line)
+    run.finish(quiet=True)

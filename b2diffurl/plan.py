@@ -1,0 +1,14 @@
+"""What run_process.sh asks before it starts: checks the configuration, prints "<stage count> <run folder>"."""
+
+import pathlib
+
+from .configuration import run_main
+
+
+def main(config):
+    """Print the number of stages and the run's folder."""
+    print(config.schedule.stage_count, pathlib.Path(config.save_path) / config.exp_name)
+
+
+if __name__ == "__main__":
+    run_main(main)

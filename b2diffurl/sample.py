@@ -1,0 +1,114 @@
+"""Step 1 of a stage: draw prompts, denoise branch groups with the current LoRA, write pictures and trajectories."""
+
+import concurrent.futures
+import time
+
+import torch
+from PIL import Image
+
+from . import files, metrics, models
+from .branch_sampling import Sampler
+from .configuration import METHODS, interval_of, read_prompts
+from .noise import draw_prompts, stream_seed
+
+
+def main(config):
+    """Write images/, samples.safetensors and samples.json of config.stage; nothing to do if samples.json is there."""
+    run = files.Run(config)
+    log = files.start_log(run)
+    if (run.stage / "samples.json").exists():
+        log.info(f"stage {config.stage} sample: complete already ({run.stage / 'samples.json'})")
+        return
+    started = time.perf_counter()
+    rows = plan(config)
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    embeds = models.embed_prompts(config, [*prompts, ""])
+    unet, vae, scheduler = models.load_unet(config), models.load_vae(config), models.load_scheduler(config)
+    if run.previous:
+        models.load_lora(unet, files.require_checkpoint(run.previous))
+    loaded = time.perf_counter()
+    run.stage.mkdir(parents=True, exist_ok=True)
+    interval = interval_of(config)
+    with files.fresh_folder(run.stage / "images") as folder, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        trajectories = _denoise(config, rows, prompts, embeds, unet, vae, scheduler, interval, folder, pool)
+    files.write_tensors(
+        run.stage / "samples.safetensors",
+        {
+            "start_latents": trajectories.start_latents,
+            "latents": trajectories.latents,
+            "log_probs": trajectories.log_probs,
+            "timesteps": trajectories.timesteps,
+            "prompt_embeds": embeds[:-1],
+            "negative_embeds": embeds[-1:],
+            "prompt_index": torch.tensor([prompts.index(row["prompt"]) for row in rows]),
+        },
+    )
+    seconds = time.perf_counter() - started
+    speed = len(rows) / (time.perf_counter() - loaded)
+    values = {
+        "interval/start": interval[0],
+        "interval/length": interval[1] - interval[0],
+        "sample/images": len(rows),
+        "perf/unet_evals": trajectories.unet_evals,
+        "perf/images_per_s": round(speed, 3),
+        "time_s": round(seconds, 3),
+    }
+    metrics.record(run.metrics, config, "sample", values)
+    files.write_json(run.stage / "samples.json", rows)
+    log.info(
+        f"stage {config.stage} sample: {len(rows)} images, last {interval[1] - interval[0]} of {interval[1]} steps "
+        f"branch, {speed:.1f} images/s, {seconds:.1f} s"
+    )
+
+
+def plan(config):
+    """The stage's images in order: [{image, prompt, group, branch, seed}]; group g has branches 0..K-1."""
+    prompts = read_prompts(config.prompts.train)
+    chosen = draw_prompts(config.seed, config.stage, len(prompts), config.sample.groups)
+    return [
+        {
+            "image": f"{group * config.sample.branches + branch:05d}.png",
+            "prompt": prompts[index],
+            "group": group,
+            "branch": branch,
+            "seed": stream_seed(config.seed, config.stage, group, branch),
+        }
+        for group, index in enumerate(chosen)
+        for branch in range(config.sample.branches)
+    ]
+
+
+def _denoise(config, rows, prompts, embeds, unet, vae, scheduler, interval, folder, pool):
+    """Run the sampler over the rows; pictures are decoded batch by batch and written off the critical path."""
+    from tqdm import tqdm
+
+    if METHODS[config.method][1]:  # a shared prefix for each group
+        roots = rows[:: config.sample.branches]
+        root_seeds = [stream_seed(config.seed, config.stage, row["group"], "prefix") for row in roots]
+    else:  # every image by itself, from its own x_T
+        roots = rows
+        root_seeds = [stream_seed(config.seed, config.stage, r["group"], f"prefix of {r['branch']}") for r in roots]
+    device = models.device()
+    root_embeds = embeds[[prompts.index(row["prompt"]) for row in roots]].to(device)
+    sampler = Sampler(
+        unet,
+        scheduler,
+        embeds[-1:].to(device),
+        config.sample.guidance_scale,
+        config.sample.eta,
+        config.sample.batch_size,
+    )
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    saving = []
+    with tqdm(total=len(rows), desc=f"stage {config.stage} sample", unit="image", leave=False) as bar:
+
+        def on_batch(first, latents):
+            for row, picture in zip(rows[first:], models.decode(vae, latents), strict=False):
+                saving.append(pool.submit(Image.fromarray(picture.numpy()).save, folder / row["image"]))
+            bar.update(len(latents))
+
+        seeds = [row["seed"] for row in rows]
+        trajectories = sampler.sample(root_embeds, root_seeds, seeds, interval, shape, on_batch)
+    for future in saving:
+        future.result()
+    return trajectories

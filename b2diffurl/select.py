@@ -1,0 +1,86 @@
+"""Step 2 of a stage: score the pictures, normalise per prompt, keep the contrasts."""
+
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import files, metrics, models
+from .configuration import METHODS, UserError
+from .rewards import load_reward
+from .rewards.history import RewardHistory
+from .selection import select_contrasts
+
+
+def main(config):
+    """Write selected.safetensors and scores.json of config.stage; nothing to do if scores.json is there."""
+    run = files.Run(config)
+    log = files.start_log(run)
+    if (run.stage / "scores.json").exists():
+        log.info(f"stage {config.stage} select: complete already ({run.stage / 'scores.json'})")
+        return
+    started = time.perf_counter()
+    rows = files.read_json(run.stage / "samples.json", "run_sample.py")
+    past = files.read_json(run.previous / "scores.json", "run_select.py")["history"] if run.previous else []
+    reward = load_reward(config, models.device())
+    images = [_open(run.stage / "images" / row["image"]) for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    raw = np.asarray(reward(images, prompts), dtype=np.float64)
+    if raw.shape != (len(rows),) or not np.isfinite(raw).all():
+        raise UserError(
+            f"config.reward.name={config.reward.name!r} returned {(~np.isfinite(raw)).sum()} non-finite scores, shape "
+            f"{raw.shape}, for {len(rows)} images; nothing was selected. Check the reward and {run.stage / 'images'}"
+        )
+    history = RewardHistory.from_state(past, config.select.history)
+    normalised = history.normalise(prompts, raw)
+    kept = keep(config, normalised)
+    tensors = {"index": torch.tensor(kept, dtype=torch.int64), "normalised": torch.tensor(normalised[kept])}
+    files.write_tensors(run.stage / "selected.safetensors", tensors)
+    values = {
+        "reward/mean": raw.mean(),
+        "reward/std": raw.std(ddof=1) if len(raw) > 1 else 0.0,
+        "reward/std_within_groups": within_group_std(raw.reshape(-1, config.sample.branches)),
+        "reward/queries": (config.stage + 1) * len(raw),
+        "select/kept": len(kept),
+        "select/kept_best": int((normalised[kept] > 0).sum()),
+    }
+    if config.evaluate.oracle:
+        from .evaluate import oracle_verdicts
+
+        values["oracle/alignment"] = oracle_verdicts(images, prompts).mean()
+    values = {name: round(float(value), 6) for name, value in values.items()}
+    values["time_s"] = round(time.perf_counter() - started, 3)
+    metrics.record(run.metrics, config, "select", values)
+    scores = [
+        {**row, "reward": float(r), "normalised": float(n), "kept": i in set(kept)}
+        for i, (row, r, n) in enumerate(zip(rows, raw, normalised, strict=True))
+    ]
+    files.write_json(run.stage / "scores.json", {"scores": scores, "history": history.state()})
+    log.info(
+        f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {len(kept)} of "
+        f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if config.evaluate.oracle else "")
+        + f", {values['time_s']:.1f} s"
+    )  # fmt: skip
+
+
+def keep(config, normalised):
+    """Image indices to train on: the contrasts of each branch group; without branches, every image."""
+    branches = config.sample.branches
+    if not METHODS[config.method][1]:
+        return list(range(len(normalised)))
+    pairs = select_contrasts(normalised.reshape(-1, branches), config.select.pos_threshold, config.select.neg_threshold)
+    return [group * branches + branch for group, branch in pairs]
+
+
+def within_group_std(rewards):
+    """Square root of the mean within-group variance of rewards (G, K); 0 for K = 1."""
+    return float(np.sqrt(rewards.var(axis=1, ddof=1).mean())) if rewards.shape[1] > 1 else 0.0
+
+
+def _open(path):
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): delete the stage's folder and run it again") from None

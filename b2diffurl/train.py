@@ -1,0 +1,145 @@
+"""Step 3 of a stage: update the LoRA on the current interval with the selected trajectories."""
+
+import time
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from . import curves, files, metrics, models
+from .configuration import UserError
+from .losses import weigh_advantages
+from .noise import stream_seed
+from .training import Pairs, split_updates, train_epochs
+
+
+def main(config):
+    """Write checkpoints/checkpoint_0 (before) and checkpoint_1 (after) of config.stage, unless they are there."""
+    run = files.Run(config)
+    log = files.start_log(run)
+    target = run.stage / "checkpoints"
+    if target.exists():
+        log.info(f"stage {config.stage} train: complete already ({target})")
+        return
+    started = time.perf_counter()
+    files.read_json(run.stage / "scores.json", "run_select.py")
+    selected = load_file(run.stage / "selected.safetensors")
+    unet, scheduler = models.load_unet(config), models.load_scheduler(config)
+    if run.previous:
+        before = files.require_checkpoint(run.previous)
+        lora = models.load_lora(unet, before)
+    else:
+        before, lora = None, models.add_lora(unet, config)
+    optimizer = build_optimizer(config, lora)
+    if before:
+        load_optimizer(optimizer, lora, before)
+    with files.fresh_folder(target) as folder:
+        save_checkpoint(unet, optimizer, lora, folder / "checkpoint_0")
+        values = _train(config, run, selected, unet, scheduler, optimizer, lora)
+        save_checkpoint(unet, optimizer, lora, folder / "checkpoint_1")
+        values["time_s"] = round(time.perf_counter() - started, 3)
+        metrics.record(run.metrics, config, "train", values)
+    curves.draw(run)
+    if values["train/updates"]:
+        log.info(
+            f"stage {config.stage} train: {values['train/updates']} updates, loss {values['train/loss']:.5f}, "
+            f"ratio {values['policy/ratio_first']:.6f} at first, clipped {values['policy/clipfrac']:.3f}, "
+            f"grad norm {values['train/grad_norm']:.4f}, {values['time_s']:.1f} s"
+        )
+    else:
+        log.info(f"stage {config.stage} train: nothing was selected in this stage; the LoRA stays as it is")
+
+
+def load_pairs(config, run, selected, device):
+    """The selected trajectories of a stage; of the stage's file only these rows are read."""
+    index = selected["index"]
+    with safe_open(run.stage / "samples.safetensors", framework="pt") as stored:
+        latents, log_probs = stored.get_slice("latents"), stored.get_slice("log_probs")
+        starts, fan_out = (
+            stored.get_tensor("start_latents"),
+            latents.get_shape()[0] // stored.get_slice("start_latents").get_shape()[0],
+        )
+        rows = index.tolist()
+        path = torch.stack([torch.cat([starts[i // fan_out, None], latents[i : i + 1][0]]) for i in rows])
+        return Pairs(
+            latents=path.to(device),
+            log_probs=torch.cat([log_probs[i : i + 1] for i in rows]).to(device),
+            timesteps=stored.get_tensor("timesteps").to(device),
+            advantages=weigh_advantages(
+                selected["normalised"].float(), config.train.adv_clip, config.train.beta1, config.train.beta2
+            ).to(device),
+            embeds=stored.get_tensor("prompt_embeds")[stored.get_tensor("prompt_index")[index]].to(device),
+            negative_embeds=stored.get_tensor("negative_embeds").to(device),
+        )
+
+
+def _train(config, run, selected, unet, scheduler, optimizer, lora):
+    """Train on the selection; -> the metrics of the step."""
+    from tqdm import tqdm
+
+    count = len(selected["index"])
+    if not count:
+        return {"train/updates": 0}
+    pairs = load_pairs(config, run, selected, unet.device)
+    updates = []
+    total = config.train.num_epochs * len(split_updates(torch.arange(count), config.train.trajectories_per_update))
+    generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
+    with tqdm(total=total, desc=f"stage {config.stage} train", unit="update", leave=False) as bar:
+
+        def on_update(statistics, norm):
+            updates.append({**{name: value.mean().item() for name, value in statistics.items()}, "grad_norm": norm})
+            updates[-1]["ratio_error"] = (statistics["ratio"] - 1).abs().max().item()
+            bar.update()
+
+        try:
+            train_epochs(unet, scheduler, optimizer, list(lora.values()), pairs, config, generator, on_update)
+        except FloatingPointError as error:
+            raise UserError(
+                f"stage {config.stage} update {len(updates)}: {error}; the stage was not saved. Lower "
+                f"config.train.learning_rate={config.train.learning_rate} or use config.mixed_precision=bf16"
+            ) from None
+    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    return {
+        "train/updates": len(updates),
+        "train/loss": mean["loss"],
+        "train/grad_norm": mean["grad_norm"],
+        "train/grad_norm_max": max(u["grad_norm"] for u in updates),
+        "policy/ratio_first": updates[0]["ratio"],
+        "policy/ratio_first_error": updates[0]["ratio_error"],
+        "policy/clipfrac": mean["clipped"],
+        "policy/approx_kl": mean["approx_kl"],
+    }
+
+
+def build_optimizer(config, lora):
+    """AdamW over the LoRA parameters, which are {name: float32 parameter}."""
+    train = config.train
+    return torch.optim.AdamW(
+        lora.values(),
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.adam_weight_decay,
+    )
+
+
+def save_checkpoint(unet, optimizer, lora, folder):
+    """The LoRA in diffusers' form, and AdamW's state by parameter name in optimizer.safetensors."""
+    folder.mkdir()
+    models.save_lora(unet, folder)
+    state = {
+        f"{name}.{key}": value
+        for name, parameter in lora.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    files.write_tensors(folder / "optimizer.safetensors", state)
+
+
+def load_optimizer(optimizer, lora, folder):
+    """Put the state that save_checkpoint wrote back into the optimiser; learning rate and betas stay the configured."""
+    stored = load_file(folder / "optimizer.safetensors")
+    for name, parameter in lora.items():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{name}.{key}" in stored:
+                value = stored[f"{name}.{key}"]
+                optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)

@@ -1,0 +1,106 @@
+"""Every setting of a run, by preset: `--config config/stage_process.py:PRESET --config.x.y=value`.
+
+`sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size. In brackets: the name in the
+authors' code, where it differs.
+"""
+
+import ml_collections
+
+
+def get_config(preset="sdv1.4"):
+    """The ConfigDict of a preset. Raises ValueError for an unknown one."""
+    presets = {"sdv1.4": sdv1_4, "shapes": shapes}
+    if preset not in presets:
+        raise ValueError(f"unknown preset {preset!r}: {', '.join(presets)}")
+    return presets[preset]()
+
+
+def sdv1_4():
+    """The paper's run on Stable Diffusion v1.4 with CLIPScore, template 1 (100 stages, 128 000 reward queries)."""
+    config = ml_collections.ConfigDict()
+    config.exp_name = "exp_B2DiffuRL_b5_p3"  # name of the run: its folder under save_path and its log
+    config.save_path = "model/lora"  # folder of all runs
+    config.seed = 300  # of the run; every image's noise follows from (seed, stage, group, branch) [seed = 300 + stage]
+    config.stage = 0  # which stage a script works on; run_process.sh counts it up [run_name, "stage0"]
+    config.method = "b2"  # b2 | ddpo_bpt (no branches) | ddpo_bs (constant interval) | ddpo (neither)
+    config.mixed_precision = "fp16"  # of the frozen models: fp16 | bf16 | no; LoRA and log-probs are float32
+    config.log_with = ""  # "wandb" also sends every metrics line there; "" does not
+
+    config.pretrained = ml_collections.ConfigDict()
+    config.pretrained.model = "CompVis/stable-diffusion-v1-4"  # a hub id or a local pipeline folder
+    config.pretrained.revision = "main"  # of the hub id
+
+    config.prompts = ml_collections.ConfigDict()
+    config.prompts.train = "prompts/template1_train.json"  # JSON array of strings [prompt_file]
+    config.prompts.test = "prompts/template1_test.json"  # never trained on; for the evaluation
+
+    config.schedule = ml_collections.ConfigDict()
+    config.schedule.kind = "growing"  # growing (the paper's) | constant (always the last `right` steps)
+    config.schedule.stage_count = 100  # stages in the run [StageCnt in run_process.sh]
+    config.schedule.left = 14  # trained steps in the first stage [SplitStepLeft]
+    config.schedule.right = 20  # trained steps in the last stage [SplitStepRight]
+
+    config.sample = ml_collections.ConfigDict()
+    config.sample.num_steps = 20  # denoising steps T
+    config.sample.guidance_scale = 5.0  # classifier-free guidance weight
+    config.sample.eta = 1.0  # DDIM's stochasticity; must be above 0
+    config.sample.groups = 256  # branch groups a stage [num_batches_per_epoch 32 x batch_size 8]
+    config.sample.branches = 5  # branches a group, K [split_time]
+    config.sample.batch_size = 32  # images a UNet call; changes speed and memory, not results
+
+    config.reward = ml_collections.ConfigDict()
+    config.reward.name = "clip"  # cosine of OpenCLIP's image and text features
+    config.reward.model = "ViT-H-14"  # an OpenCLIP architecture, or local-dir:<folder>
+    config.reward.weights = "laion2b_s32b_b79k"  # its weights' tag, or "" with local-dir
+    config.reward.batch_size = 32  # images a reward call [8]
+
+    config.select = ml_collections.ConfigDict()
+    config.select.history = 8  # earlier stages whose scores normalise a prompt's rewards [eval.history_cnt]
+    config.select.pos_threshold = 0.5  # normalised reward from which a group's best is kept [eval.pos_threshold]
+    config.select.neg_threshold = -0.5  # normalised reward below which a group's worst is kept [eval.neg_threshold]
+
+    config.train = ml_collections.ConfigDict()
+    config.train.algorithm = "ddpo_is"  # the loss: clipped importance sampling
+    config.train.learning_rate = 1e-4  # of AdamW
+    config.train.adam_beta1 = 0.9  # AdamW's first moment decay
+    config.train.adam_beta2 = 0.999  # AdamW's second moment decay
+    config.train.adam_weight_decay = 1e-4  # AdamW's decoupled weight decay
+    config.train.adam_epsilon = 1e-8  # AdamW's denominator term
+    config.train.max_grad_norm = 1.0  # bound on the gradient's norm, an update
+    config.train.batch_size = 8  # (sample, step) pairs a UNet call; changes speed and memory, not results [2, one step]
+    config.train.trajectories_per_update = 128  # samples, with all their steps, an update [batch 2 x accumulation 64]
+    config.train.num_epochs = 2  # passes over the selected samples, a stage
+    config.train.clip_range = 0.1  # ε of the probability ratio [train.eps]
+    config.train.adv_clip = 5.0  # bound on the normalised reward [train.adv_clip_max]
+    config.train.beta1 = 1.0  # weight of positive advantages
+    config.train.beta2 = 1.0  # weight of the others
+    config.train.lora_rank = 4  # rank of the LoRA update, scale 1
+
+    config.evaluate = ml_collections.ConfigDict()
+    config.evaluate.images_per_prompt = 4  # for the before/after table at the end of a run
+    config.evaluate.seed = 1_000_000  # of the fixed evaluation noise; training uses none of it
+    config.evaluate.oracle = False  # also ask the shapes oracle (measured only, never trained on)
+    return config.lock()
+
+
+def shapes():
+    """The embedded world on a laptop. Where a number differs from the paper's, the reason stands beside it."""
+    config = sdv1_4().unlock()
+    config.exp_name = "shapes_b2"
+    config.mixed_precision = "no"  # CPUs without half-precision units are slower in bf16
+    config.pretrained.model = "model/shapes/pipeline"
+    config.prompts.train = "prompts/shapes_attribute_train.json"
+    config.prompts.test = "prompts/shapes_attribute_test.json"
+    config.schedule.stage_count = 20
+    config.sample.groups = 48
+    config.sample.batch_size = 120
+    config.reward.model = "local-dir:model/shapes/clip"
+    config.reward.weights = ""
+    config.reward.batch_size = 120
+    config.train.learning_rate = 1e-3
+    config.train.batch_size = 128
+    config.train.trajectories_per_update = 32
+    config.train.lora_rank = 4
+    config.evaluate.images_per_prompt = 24
+    config.evaluate.oracle = True
+    return config.lock()

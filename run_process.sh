@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The main job: for every stage, run_sample.py, run_select.py, run_train.py; then the before/after table.
+#   [PRESET=shapes|sdv1.4] bash run_process.sh [--config.x.y=value ...]
+# The same command again goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+if [ -n "${PRESET:-}" ]; then
+  echo "preset $PRESET (PRESET is set)"
+elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+  PRESET=sdv1.4
+  echo "preset $PRESET: CUDA is present (PRESET=shapes for the small world)"
+else
+  PRESET=shapes
+  echo "preset $PRESET: no CUDA here (PRESET=sdv1.4 on a GPU for the paper's run)"
+fi
+
+. config/environment.sh
+prepare_environment requirements.txt
+
+config=(--config "config/stage_process.py:$PRESET" "$@")
+plan=$("$PYTHON" -m b2diffurl.plan "${config[@]}")
+read -r stages folder <<<"$plan"
+
+for ((stage = 0; stage < stages; stage++)); do
+  if [ -d "$folder/stage$stage/checkpoints" ]; then
+    echo "stage $stage: complete already"
+    continue
+  fi
+  for step in sample select train; do
+    "$PYTHON" "run_$step.py" "${config[@]}" "--config.stage=$stage"
+  done
+done
+
+last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
+"$PYTHON" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
+echo "Everything is in $folder: curves.png, before_after.png, metrics.jsonl, the LoRA in ${last#"$folder"/}."
+echo "Next: try your own prompts with --config.prompts.train=FILE --config.exp_name=NAME (see README.md)."
