@@ -1,0 +1,119 @@
+"""The presets hold the paper's numbers, and every bad input is one clear line before any model loads."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from b2diffurl.configuration import UserError, interval_of, parse, read_prompts
+
+PRESET = ["run", "--config", "config/stage_process.py:shapes"]
+
+
+@pytest.fixture
+def paper():
+    return parse(["run", "--config", "config/stage_process.py:sdv1.4"])[0]
+
+
+def test_paper_run_number_for_number(paper):
+    assert (paper.exp_name, paper.seed, paper.mixed_precision) == ("exp_B2DiffuRL_b5_p3", 300, "fp16")
+    assert dict(paper.schedule) == {"kind": "growing", "stage_count": 100, "left": 14, "right": 20}
+    sample = paper.sample
+    assert (sample.num_steps, sample.guidance_scale, sample.eta) == (20, 5.0, 1.0)
+    assert sample.groups * sample.branches * paper.schedule.stage_count == 128_000
+    assert (sample.groups, sample.branches) == (256, 5)
+    assert (paper.reward.model, paper.reward.weights) == ("ViT-H-14", "laion2b_s32b_b79k")
+    assert dict(paper.select) == {"history": 8, "pos_threshold": 0.5, "neg_threshold": -0.5}
+    train = dict(paper.train)
+    assert train.pop("batch_size") > 0  # speed only
+    assert train == {
+        "algorithm": "ddpo_is", "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.999,
+        "adam_weight_decay": 1e-4, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "trajectories_per_update": 128,
+        "num_epochs": 2, "clip_range": 0.1, "adv_clip": 5.0, "beta1": 1.0, "beta2": 1.0, "lora_rank": 4,
+    }  # fmt: skip
+
+
+def test_method_sets_the_interval(paper):
+    assert interval_of(paper) == (6, 20)
+    paper.method = "ddpo_bs"
+    assert interval_of(paper) == (0, 20)
+
+
+def test_prompt_lists_of_the_paper():
+    train, test = (read_prompts(f"prompts/template1_{part}.json") for part in ("train", "test"))
+    assert (len(train), len(test)) == (45, 90)
+    assert train[0] == "a cat washing dishes"
+    assert train[15] == "a raccoon riding a bike"
+    assert train[-1] == "a kangaroo playing chess"
+    assert not set(train) & set(test)
+    for template, sizes in (("template2", (40, 40)), ("template3", (40, 30))):
+        lists = [read_prompts(f"prompts/{template}_{part}.json") for part in ("train", "test")]
+        assert tuple(map(len, lists)) == sizes
+        assert len({*lists[0], *lists[1]}) == sum(sizes)
+
+
+BAD = {
+    "--config.sample.branches=0": "config.sample.branches=0",
+    "--config.sample.groups=-1": "config.sample.groups=-1",
+    "--config.schedule.right=21": "config.schedule.right=21",
+    "--config.schedule.left=0": "config.schedule.left=0",
+    "--config.stage=5000": "config.stage=5000",
+    "--config.method=ppo": "config.method='ppo'",
+    "--config.mixed_precision=fp8": "config.mixed_precision='fp8'",
+    "--config.train.algorithm=sft": "config.train.algorithm='sft'",
+    "--config.reward.name=beauty": "config.reward.name='beauty'",
+    "--config.log_with=tensorboard": "config.log_with='tensorboard'",
+    "--config.train.learning_rate=0": "config.train.learning_rate=0",
+    "--config.train.learning_rate=nan": "config.train.learning_rate=nan",
+    "--config.sample.eta=0": "config.sample.eta=0",
+    "--config.exp_name=../escape": "config.exp_name='../escape'",
+    "--config.schedule.kind=zigzag": "config.schedule.kind='zigzag'",
+    "--config.pretrained.model=./nowhere": "config.pretrained.model='./nowhere'",
+    "--config.reward.model=local-dir:nowhere": "config.reward.model='nowhere'",
+    "--config.prompts.train=nowhere.json": "nowhere.json does not exist",
+    "--config.sample.colour=red": "colour",
+    "--config.sample.groups=many": "groups",
+    "stray": "'stray'",
+}
+
+
+@pytest.mark.parametrize("argument", BAD)
+def test_bad_settings(argument):
+    with pytest.raises(UserError) as caught:
+        parse([*PRESET, argument])
+    assert BAD[argument] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "not json", '["a", 3]', '["a", " "]', '"a"', b"\xff\xfe\x00"], ids=str)
+def test_bad_prompt_files(tmp_path, content):
+    path = tmp_path / "prompts.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"prompts\.json") as caught:
+        read_prompts(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_file_in_the_papers_format_works_as_it_is(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(["ein Hund über dem Mond", 'a <b> & "c"']), encoding="utf-8")
+    assert read_prompts(path) == ["ein Hund über dem Mond", 'a <b> & "c"']
+
+
+@pytest.mark.parametrize("script", ["run_sample.py", "run_select.py", "run_train.py"])
+@pytest.mark.parametrize("arguments", [["--config", "config/stage_process.py:nope"], ["--config.nonsense=1"]])
+def test_scripts_exit_with_one_line_and_load_nothing_heavy(script, arguments, tmp_path):
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith(f"{script}: ")
+    assert "preset" in done.stderr
+
+
+def test_configuration_needs_no_torch():
+    code = (
+        "import sys; from b2diffurl.configuration import parse; "
+        f"parse({PRESET!r}); assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,322 @@
+"""The whole loop on the shipped world at small size: files, metrics, kills, empty selections, stock loading."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from b2diffurl import models, sample, select, train
+from b2diffurl.configuration import UserError, parse
+
+SMALL = [
+    "--config.sample.groups=3", "--config.sample.branches=3", "--config.schedule.stage_count=2",
+    "--config.schedule.left=3", "--config.schedule.right=4", "--config.sample.num_steps=5",
+    "--config.reward.batch_size=4", "--config.train.trajectories_per_update=2", "--config.evaluate.images_per_prompt=2",
+]  # fmt: skip
+
+
+def arguments(folder, *more):
+    return [
+        "--config",
+        "config/stage_process.py:shapes",
+        f"--config.save_path={folder}",
+        "--config.exp_name=t",
+        *SMALL,
+        *more,
+    ]
+
+
+def configure(folder, *more):
+    return parse(["test", *arguments(folder, *more)])[0]
+
+
+def run_stage(folder, stage, *more):
+    for step in (sample, select, train):
+        step.main(configure(folder, f"--config.stage={stage}", *more))
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "t" / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_lora(folder, stage=1):
+    return load_file(
+        folder / "t" / f"stage{stage}" / "checkpoints" / "checkpoint_1" / "pytorch_lora_weights.safetensors"
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_stray_logs(tmp_path, monkeypatch):
+    """Runs write log/ below the working directory: give each test one of its own, with the repository's files."""
+    for name in (
+        "config",
+        "model",
+        "prompts",
+        "b2diffurl",
+        "run_process.sh",
+        "run_sample.py",
+        "run_select.py",
+        "run_train.py",
+    ):
+        (tmp_path / name).symlink_to(pathlib.Path(name).resolve())
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two stages through the driver, as a user runs it."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = drive(folder, pathlib.Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def drive(folder, where, *more, **options):
+    environment = {**os.environ, "PYTHON": sys.executable, "PRESET": "shapes"}
+    command = ["bash", "run_process.sh", *arguments(folder, *more)[2:], "--config.exp_name=t"]
+    return subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=600, **options)
+
+
+def test_driver_output(finished):
+    folder, printed = finished
+    assert printed.splitlines()[0] == "preset shapes (PRESET is set)"
+    for stage in (0, 1):
+        for step in ("sample", "select", "train"):
+            assert f"stage {stage} {step}: " in printed
+    assert "before" in printed
+    assert "after" in printed
+    assert str(folder / "t") in printed.splitlines()[-2]
+    for name in ("curves.png", "before_after.png", "eval.json", "metrics.jsonl"):
+        assert (folder / "t" / name).stat().st_size > 0
+    assert not list((folder / "t").rglob("*.tmp"))
+
+
+def test_files_of_a_stage(finished):
+    stage = finished[0] / "t" / "stage1"
+    rows = json.loads((stage / "samples.json").read_text())
+    assert [(r["group"], r["branch"]) for r in rows] == [(g, b) for g in range(3) for b in range(3)]
+    assert len({r["seed"] for r in rows}) == 9
+    assert sorted(p.name for p in (stage / "images").iterdir()) == [f"{i:05d}.png" for i in range(9)]
+    assert all(len({r["prompt"] for r in rows if r["group"] == g}) == 1 for g in range(3))
+    stored = load_file(stage / "samples.safetensors")
+    assert stored["latents"].shape == (9, 4, 4, 8, 8)  # the interval's steps alone, each latent once
+    assert stored["start_latents"].shape == (3, 4, 8, 8)
+    assert stored["prompt_embeds"].shape[0] == len({r["prompt"] for r in rows})
+    scores = json.loads((stage / "scores.json").read_text())
+    kept = [i for i, s in enumerate(scores["scores"]) if s["kept"]]
+    selected = load_file(stage / "selected.safetensors")
+    assert sorted(selected["index"].tolist()) == kept
+    assert set(selected) == {"index", "normalised"}
+    assert len(scores["history"]) == 2
+
+
+def test_metrics(finished):
+    lines = metrics_of(finished[0])
+    assert [(r["stage"], r["step"]) for r in lines] == [(s, n) for s in (0, 1) for n in ("sample", "select", "train")]
+    for r in lines:
+        assert r["time_s"] > 0
+        if r["step"] == "sample":
+            length = (3, 4)[r["stage"]]
+            assert r["perf/unet_evals"] == 2 * 3 * ((5 - length) + 3 * length)
+            assert r["perf/images_per_s"] > 0
+        elif r["step"] == "select":
+            assert {"reward/mean", "reward/std", "select/kept", "oracle/alignment"} <= set(r)
+        else:
+            assert r["policy/ratio_first"] == pytest.approx(1, abs=1e-3)
+            assert {"policy/clipfrac", "policy/approx_kl", "train/loss", "train/grad_norm"} <= set(r)
+
+
+def test_optimiser_continues_over_stages(finished):
+    folder, _ = finished
+    before = load_file(folder / "t/stage1/checkpoints/checkpoint_0/optimizer.safetensors")
+    after = load_file(folder / "t/stage0/checkpoints/checkpoint_1/optimizer.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    updates = [r["train/updates"] for r in metrics_of(folder) if r["step"] == "train"]
+    end = load_file(folder / "t/stage1/checkpoints/checkpoint_1/optimizer.safetensors")
+    assert {int(v) for k, v in end.items() if k.endswith(".step")} == {sum(updates)}
+
+
+def test_stock_diffusers_reads_the_lora(finished):
+    from diffusers import StableDiffusionPipeline
+
+    folder, _ = finished
+    checkpoint = folder / "t/stage1/checkpoints/checkpoint_1"
+    pipeline = StableDiffusionPipeline.from_pretrained("model/shapes/pipeline", local_files_only=True)
+    x, t, e = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 16, 64)
+    with torch.no_grad():
+        base = pipeline.unet(x, t, e).sample
+        pipeline.load_lora_weights(checkpoint)
+        stock = pipeline.unet(x, t, e).sample
+        ours = models.load_unet(configure(folder))
+        models.load_lora(ours, checkpoint)
+        torch.testing.assert_close(ours(x, t, e).sample, stock)
+    assert (stock - base).abs().max() > 1e-5
+
+
+def test_finished_work_is_recognised(finished):
+    folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in (folder / "t").glob("stage*/**/*") if p.is_file()}
+    done = drive(folder, ".")
+    assert done.returncode == 0
+    assert done.stdout.count("complete already") == 2
+    assert {p: p.stat().st_mtime_ns for p in (folder / "t").glob("stage*/**/*") if p.is_file()} == before
+    assert len(metrics_of(folder)) == 6
+    for step in (sample, select, train):
+        step.main(configure(folder, "--config.stage=1"))
+    assert len(metrics_of(folder)) == 6
+
+
+def test_interrupted_anywhere_it_ends_the_same(finished, tmp_path):
+    """Cut a finished run back to each point between two steps, with half-written leftovers, and go on."""
+    folder, _ = finished
+    wanted = final_lora(folder)
+    cuts = [["checkpoints"], ["checkpoints", "scores.json"], ["checkpoints", "scores.json", "samples.json", "images"]]
+    for number, missing in enumerate(cuts):
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(folder, copy)
+        for name in missing:
+            path = copy / "t/stage1" / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (copy / "t/stage1" / "checkpoints.tmp").mkdir()
+        (copy / "t/stage1" / "images.tmp").mkdir()
+        (copy / "t/stage1" / "images.tmp" / "99999.png").write_bytes(b"half")
+        run_stage(copy, 1)
+        again = final_lora(copy)
+        assert all(torch.equal(again[k], wanted[k]) for k in wanted)
+        assert len(metrics_of(copy)) == 6
+        assert len(list((copy / "t/stage1/images").iterdir())) == 9
+
+
+def test_killed_and_started_again_it_goes_on(finished, tmp_path):
+    wanted = final_lora(finished[0])
+    folder = tmp_path / "killed"
+    environment = {**os.environ, "PYTHON": sys.executable, "PRESET": "shapes"}
+    command = ["bash", "run_process.sh", *arguments(folder)[2:]]
+    running = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (folder / "t/stage0/scores.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (folder / "t/stage1").exists()
+    done = drive(folder, ".")
+    assert done.returncode == 0, done.stderr
+    again = final_lora(folder)
+    assert all(torch.equal(again[k], wanted[k]) for k in wanted)
+
+
+def test_nothing_selected_is_a_valid_outcome(tmp_path, capsys):
+    nothing = ["--config.select.pos_threshold=99", "--config.select.neg_threshold=-99"]
+    run_stage(tmp_path, 0, *nothing)
+    assert "nothing was selected" in capsys.readouterr().out
+    run_stage(tmp_path, 1)
+    first = final_lora(tmp_path, 0)
+    assert all(not value.any() for name, value in first.items() if "lora_B" in name or "lora.up" in name)
+    assert any(value.any() for name, value in final_lora(tmp_path, 1).items() if "lora_B" in name or "lora.up" in name)
+
+
+def test_pictures_belong_to_their_own_prompts(finished):
+    """Scores follow the file named in each row, whatever order a folder listing has."""
+    from PIL import Image
+
+    from b2diffurl.rewards import load_reward
+
+    folder, _ = finished
+    stage = folder / "t/stage0"
+    rows = json.loads((stage / "scores.json").read_text())["scores"]
+    reward = load_reward(configure(folder), torch.device("cpu"))
+    for row in rows[::4]:
+        alone = reward([Image.open(stage / "images" / row["image"]).convert("RGB")], [row["prompt"]])
+        assert alone.item() == pytest.approx(row["reward"], abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ddpo", "ddpo_bpt", "ddpo_bs"])
+def test_other_methods_run(tmp_path, method):
+    run_stage(tmp_path, 0, f"--config.method={method}")
+    stored = load_file(tmp_path / "t/stage0/samples.safetensors")
+    branching = method == "ddpo_bs"
+    assert len(stored["start_latents"]) == (3 if branching else 9)
+    assert stored["latents"].shape[1] == (3 if method == "ddpo_bpt" else 4)
+    if not branching:
+        assert len(load_file(tmp_path / "t/stage0/selected.safetensors")["index"]) == 9
+
+
+def test_half_precision_runs_on_the_cpu(tmp_path):
+    run_stage(tmp_path, 0, "--config.mixed_precision=bf16")
+    assert load_file(tmp_path / "t/stage0/samples.safetensors")["latents"].dtype == torch.bfloat16
+    assert {v.dtype for v in final_lora(tmp_path, 0).values()} == {torch.float32}
+    (record,) = [r for r in metrics_of(tmp_path) if r["step"] == "train"]
+    assert record["policy/ratio_first"] == pytest.approx(1, abs=0.05)
+
+
+def test_non_finite_reward_is_reported_and_nothing_is_written(tmp_path, monkeypatch):
+    sample.main(configure(tmp_path))
+    monkeypatch.setattr(
+        select, "load_reward", lambda config, device: lambda images, prompts: torch.full((9,), torch.nan)
+    )
+    with pytest.raises(UserError, match=r"config\.reward\.name='clip' returned 9 non-finite"):
+        select.main(configure(tmp_path))
+    assert not (tmp_path / "t/stage0/scores.json").exists()
+    assert not (tmp_path / "t/stage0/selected.safetensors").exists()
+
+
+def test_steps_out_of_order_say_what_to_run_first(tmp_path):
+    with pytest.raises(UserError, match=r"samples\.json is missing: run run_sample\.py"):
+        select.main(configure(tmp_path))
+    with pytest.raises(UserError, match=r"scores\.json is missing: run run_select\.py"):
+        train.main(configure(tmp_path))
+    with pytest.raises(UserError, match="stage 0 must be trained first"):
+        sample.main(configure(tmp_path, "--config.stage=1"))
+
+
+LOADED = """
+import sys
+from b2diffurl import models
+from b2diffurl.configuration import run_main
+import run_{step}
+
+sys.argv[1:] = {arguments!r}
+loads, original = [], models._load
+
+def load(loader, config, part, **options):
+    loads.append(part)
+    return original(loader, config, part, **options)
+
+models._load = load
+run_main(run_{step}.main)
+found = [module for module in {modules!r} if module in sys.modules]
+assert not found, found
+print(*loads)
+"""
+
+
+def test_each_step_loads_only_what_it_uses(tmp_path):
+    """The sampler loads no reward model, the selector no diffusion model, the trainer no VAE and no text encoder."""
+    forbidden = {
+        "sample": ["open_clip", "matplotlib", "wandb"],
+        "select": ["diffusers", "peft", "matplotlib", "wandb"],
+        "train": ["open_clip", "wandb", "b2diffurl.rewards.clip"],
+    }
+    for step, modules in forbidden.items():
+        code = LOADED.format(arguments=arguments(tmp_path), modules=modules, step=step)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        parts = done.stdout.splitlines()[-1].split()
+        assert (
+            sorted(parts)
+            == {
+                "sample": ["scheduler", "text_encoder", "tokenizer", "unet", "vae"],
+                "select": [],
+                "train": ["scheduler", "unet"],
+            }[step]
+        )
