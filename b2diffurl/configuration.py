@@ -1,7 +1,9 @@
 """Reading the configuration from the command line and checking all of it before any model loads."""
 
+import importlib.util
 import json
 import math
+import os
 import pathlib
 import sys
 
@@ -24,6 +26,8 @@ def run_main(main, **options):
     options: further string flags of the command with their defaults; a default of None makes the flag required.
     """
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("one process only: several would each train alone; start it without accelerate or torchrun")
         config, options = parse(sys.argv, options)
         main(config, **options)
     except UserError as error:
@@ -37,17 +41,22 @@ def parse(argv, options=None):
     from absl import flags
     from ml_collections import config_flags
 
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", "config/stage_process.py", flag_values=values)
-    options = options or {}
-    for name, default in options.items():
-        flags.DEFINE_string(name, default, f"{name} of the command", flag_values=values)
+    values, options = flags.FlagValues(), options or {}
+    original, sys.argv = sys.argv, argv  # config_flags looks for its overrides there, not in what it is given
     try:
+        config_flags.DEFINE_config_file("config", "config/stage_process.py", flag_values=values)
+        for name, default in options.items():
+            flags.DEFINE_string(name, default, f"{name} of the command", flag_values=values)
         rest = values(argv)[1:]
         config = values["config"].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        known = "see config/stage_process.py for the presets and fields"
-        raise UserError(f"{' '.join(str(error).split())} ({known})") from None
+        config.exp_name  # noqa: B018 - a file that did not load says so only when it is used
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"no such setting: {_blame(argv, error)} (config/stage_process.py lists them)") from None
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # the reason is below its traceback
+        raise UserError(f"{lines[-1]} (config/stage_process.py lists presets and settings)") from None
+    finally:
+        sys.argv = original
     if rest:
         raise UserError(f"unknown argument {rest[0]!r}: settings look like --config.sample.groups=48")
     given = {name: values[name].value for name in options}
@@ -55,6 +64,12 @@ def parse(argv, options=None):
         raise UserError(f"--{missing[0]} is missing")
     check(config)
     return config, given
+
+
+def _blame(argv, error):
+    """The argument that names the field which an unknown-field error is about, else the error's own words."""
+    field = str(error).strip("\"'").split("'")[0]
+    return next((argument for argument in argv if field and field in argument.partition("=")[0]), str(error))
 
 
 def _require(condition, field, value, wanted):
@@ -71,7 +86,7 @@ def check(config):
              f"must be one of {', '.join(PRECISIONS)}")  # fmt: skip
     _require(config.log_with in ("", "wandb"), "log_with", config.log_with, 'must be "" or "wandb"')
     _require(config.train.algorithm == "ddpo_is", "train.algorithm", config.train.algorithm, "must be ddpo_is")
-    _require(config.reward.name == "clip", "reward.name", config.reward.name, "must be clip")
+    _check_reward_name(config.reward.name)
     at_least = {
         "schedule.stage_count": 1, "schedule.left": 1, "sample.num_steps": 1, "sample.groups": 1, "sample.branches": 1,
         "sample.batch_size": 1, "reward.batch_size": 1, "select.history": 0, "train.batch_size": 1,
@@ -92,6 +107,15 @@ def check(config):
     _check_model_folder("pretrained.model", config.pretrained.model, "model_index.json")
     if config.reward.model.startswith("local-dir:"):
         _check_model_folder("reward.model", config.reward.model.removeprefix("local-dir:"), "open_clip_config.json")
+
+
+def _check_reward_name(name):
+    module, colon, function = name.partition(":")
+    try:
+        found = name == "clip" or (colon and function and importlib.util.find_spec(module))
+    except (ImportError, ValueError):
+        found = False
+    _require(found, "reward.name", name, 'must be "clip" or "package.module:function" that Python can import')
 
 
 def _check_schedule(config):

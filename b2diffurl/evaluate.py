@@ -13,7 +13,7 @@ from . import files, models
 from .branch_sampling import Sampler
 from .configuration import read_prompts, run_main
 from .noise import stream_noise, stream_seed
-from .rewards import load_reward
+from .rewards import load_clip, load_reward, score
 
 RESAMPLES = 10_000
 
@@ -23,12 +23,13 @@ def main(config, checkpoint, out):
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     reward = load_reward(config, models.device())
+    clip = reward if config.reward.name == "clip" else load_clip(config, models.device())
     lists = {"train": read_prompts(config.prompts.train), "held-out": read_prompts(config.prompts.test)}
     results, pictures = [], {}
     for model, folder in (("before", None), ("after", checkpoint)):
         images = generate(config, lists, folder, model)
         for name, prompts in lists.items():
-            results.append({"model": model, "prompts": name, **measure(config, reward, prompts, images[name])})
+            results.append({"model": model, "prompts": name, **measure(config, reward, clip, prompts, images[name])})
             pictures[model, name] = images[name]
     files.write_json(out / "eval.json", {"checkpoint": str(checkpoint), "results": results})
     side_by_side(config, lists, pictures).save(out / "before_after.png")
@@ -62,7 +63,9 @@ def generate(config, lists, checkpoint, label):
     wanted = [(name, prompt, i) for name in names for prompt in lists[name] for i in range(count)]
     images = {name: [] for name in names}
     steps = config.sample.num_steps
-    for first in tqdm(range(0, len(wanted), config.sample.batch_size), desc=f"images {label}", leave=False):
+    for first in tqdm(
+        range(0, len(wanted), config.sample.batch_size), desc=f"images {label}", leave=False, disable=None
+    ):
         batch = wanted[first : first + config.sample.batch_size]
         seeds = [stream_seed(config.evaluate.seed, "evaluation", prompt, i) for _, prompt, i in batch]
         noise = torch.stack([stream_noise(seed, steps + 1, shape) for seed in seeds])
@@ -74,16 +77,16 @@ def generate(config, lists, checkpoint, label):
     return images
 
 
-def measure(config, reward, prompts, images):
+def measure(config, reward, clip, prompts, images):
     """Reward, its spread, diversity and, where asked for, oracle alignment; intervals are resampled over prompts."""
     count = config.evaluate.images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    scores = np.asarray(reward(images, repeated), dtype=np.float64).reshape(-1, count)
+    scores = score(reward, config, images, repeated).reshape(-1, count)
     values = {
         "images": len(images),
         "reward": scores.mean(),
         "reward_interval": bootstrap_interval(scores.mean(1)),
-        "diversity": feature_distance(reward.features(images).float().cpu().numpy().reshape(len(prompts), count, -1)),
+        "diversity": feature_distance(clip.features(images).float().cpu().numpy().reshape(len(prompts), count, -1)),
     }
     if config.evaluate.oracle:
         right = oracle_verdicts(images, repeated).reshape(-1, count)

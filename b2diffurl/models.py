@@ -61,7 +61,9 @@ def load_scheduler(config):
 def embed_prompts(config, prompts):
     """Distinct prompts -> their text embeddings (P, L, D) on the CPU, in the run's precision."""
     from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = _load(CLIPTokenizer, config, "tokenizer")
     encoder = _load_frozen(CLIPTextModel, config, "text_encoder")
     ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids

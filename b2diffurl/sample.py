@@ -100,7 +100,7 @@ def _denoise(config, rows, prompts, embeds, unet, vae, scheduler, interval, fold
     )
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     saving = []
-    with tqdm(total=len(rows), desc=f"stage {config.stage} sample", unit="image", leave=False) as bar:
+    with tqdm(total=len(rows), desc=f"stage {config.stage} sample", unit="image", leave=False, disable=None) as bar:
 
         def on_batch(first, latents):
             for row, picture in zip(rows[first:], models.decode(vae, latents), strict=False):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from . import files, metrics, models
 from .configuration import METHODS, UserError
-from .rewards import load_reward
+from .rewards import load_reward, score
 from .rewards.history import RewardHistory
 from .selection import select_contrasts
 
@@ -26,12 +26,7 @@ def main(config):
     reward = load_reward(config, models.device())
     images = [_open(run.stage / "images" / row["image"]) for row in rows]
     prompts = [row["prompt"] for row in rows]
-    raw = np.asarray(reward(images, prompts), dtype=np.float64)
-    if raw.shape != (len(rows),) or not np.isfinite(raw).all():
-        raise UserError(
-            f"config.reward.name={config.reward.name!r} returned {(~np.isfinite(raw)).sum()} non-finite scores, shape "
-            f"{raw.shape}, for {len(rows)} images; nothing was selected. Check the reward and {run.stage / 'images'}"
-        )
+    raw = score(reward, config, images, prompts)
     history = RewardHistory.from_state(past, config.select.history)
     normalised = history.normalise(prompts, raw)
     kept = keep(config, normalised)

@@ -55,14 +55,12 @@ def load_pairs(config, run, selected, device):
     index = selected["index"]
     with safe_open(run.stage / "samples.safetensors", framework="pt") as stored:
         latents, log_probs = stored.get_slice("latents"), stored.get_slice("log_probs")
-        starts, fan_out = (
-            stored.get_tensor("start_latents"),
-            latents.get_shape()[0] // stored.get_slice("start_latents").get_shape()[0],
-        )
-        rows = index.tolist()
-        path = torch.stack([torch.cat([starts[i // fan_out, None], latents[i : i + 1][0]]) for i in rows])
+        starts, rows = stored.get_tensor("start_latents"), index.tolist()
+        roots = index // (latents.get_shape()[0] // len(starts))
         return Pairs(
-            latents=path.to(device),
+            latents=torch.cat([starts[roots][:, None], torch.cat([latents[i : i + 1] for i in rows])], dim=1).to(
+                device
+            ),
             log_probs=torch.cat([log_probs[i : i + 1] for i in rows]).to(device),
             timesteps=stored.get_tensor("timesteps").to(device),
             advantages=weigh_advantages(
@@ -84,7 +82,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
     updates = []
     total = config.train.num_epochs * len(split_updates(torch.arange(count), config.train.trajectories_per_update))
     generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
-    with tqdm(total=total, desc=f"stage {config.stage} train", unit="update", leave=False) as bar:
+    with tqdm(total=total, desc=f"stage {config.stage} train", unit="update", leave=False, disable=None) as bar:
 
         def on_update(statistics, norm):
             updates.append({**{name: value.mean().item() for name, value in statistics.items()}, "grad_norm": norm})

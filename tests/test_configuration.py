@@ -1,6 +1,7 @@
 """The presets hold the paper's numbers, and every bad input is one clear line before any model loads."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -102,13 +103,22 @@ def test_a_prompt_file_in_the_papers_format_works_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["run_sample.py", "run_select.py", "run_train.py"])
-@pytest.mark.parametrize("arguments", [["--config", "config/stage_process.py:nope"], ["--config.nonsense=1"]])
+@pytest.mark.parametrize(
+    "arguments", [["--config", "config/stage_process.py:nope"], ["--config.nonsense=1"], ["--config=missing.py"]]
+)
 def test_scripts_exit_with_one_line_and_load_nothing_heavy(script, arguments, tmp_path):
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith(f"{script}: ")
-    assert "preset" in done.stderr
+    assert "config/stage_process.py" in done.stderr
+
+
+def test_several_processes_are_refused_rather_than_left_unsynchronised():
+    command = [sys.executable, "run_train.py", *PRESET[1:]]
+    done = subprocess.run(command, env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "one process only" in done.stderr
 
 
 def test_configuration_needs_no_torch():

@@ -259,15 +259,33 @@ def test_half_precision_runs_on_the_cpu(tmp_path):
     assert record["policy/ratio_first"] == pytest.approx(1, abs=0.05)
 
 
-def test_non_finite_reward_is_reported_and_nothing_is_written(tmp_path, monkeypatch):
-    sample.main(configure(tmp_path))
-    monkeypatch.setattr(
-        select, "load_reward", lambda config, device: lambda images, prompts: torch.full((9,), torch.nan)
-    )
-    with pytest.raises(UserError, match=r"config\.reward\.name='clip' returned 9 non-finite"):
-        select.main(configure(tmp_path))
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("[float('nan')] * len(images)", r"config\.reward\.name='mine:reward' returned 9 non-finite"),
+        ("[1.0]", r"returned shape \(1,\)"),
+    ],
+)
+def test_bad_reward_is_reported_and_nothing_is_written(tmp_path, monkeypatch, body, message):
+    (tmp_path / "mine.py").write_text(f"def reward(images, prompts):\n    return {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    config = configure(tmp_path, "--config.reward.name=mine:reward")
+    sample.main(config)
+    with pytest.raises(UserError, match=message):
+        select.main(config)
     assert not (tmp_path / "t/stage0/scores.json").exists()
     assert not (tmp_path / "t/stage0/selected.safetensors").exists()
+
+
+def test_a_reward_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "def reward(images, prompts):\n    return [sum(i.getpixel((0, 0))) for i in images]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run_stage(tmp_path, 0, "--config.reward.name=own:reward")
+    scores = json.loads((tmp_path / "t/stage0/scores.json").read_text())["scores"]
+    assert all(s["reward"] == int(s["reward"]) for s in scores)
 
 
 def test_steps_out_of_order_say_what_to_run_first(tmp_path):

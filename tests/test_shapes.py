@@ -142,3 +142,24 @@ def test_the_whole_world_is_small():
     files = [f for f in WORLD.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 25e6
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+
+
+def test_the_recipe_runs_from_nothing_and_says_what_misses(tmp_path, monkeypatch):
+    """A few steps of everything: the folder is complete and loads; untrained, it fails its bounds."""
+    from diffusers import StableDiffusionPipeline
+
+    for module in (clip, vae, diffusion):
+        monkeypatch.setattr(module, "STEPS", 12)
+        monkeypatch.setattr(module, "BATCH", 12)
+    monkeypatch.setattr(diffusion, "SCENES", 4000)
+    measured = {}
+    monkeypatch.setattr(build, "measure", lambda folder, sheet: measured.update(at=folder) or {"base_relation": 0.0})
+    monkeypatch.setattr("sys.argv", ["build", "--out", str(tmp_path / "world"), "--prompts", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"base_relation = 0\.000 is outside"):
+        build.main()
+    assert measured["at"] == tmp_path / "world"
+    StableDiffusionPipeline.from_pretrained(tmp_path / "world/pipeline", local_files_only=True)
+    for written in tmp_path.glob("shapes_*.json"):
+        assert json.loads(written.read_text()) == json.loads(pathlib.Path("prompts", written.name).read_text())
+    assert len(list(tmp_path.glob("shapes_*.json"))) == 6
+    assert json.loads((tmp_path / "world/figures.json").read_text())["base_relation"] == 0.0

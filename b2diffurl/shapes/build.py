@@ -95,6 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("model/shapes"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--prompts", type=pathlib.Path, default=pathlib.Path("prompts"), help="folder of the lists")
     arguments = parser.parse_args()
     from transformers import CLIPTokenizer
 
@@ -105,7 +106,7 @@ def main():
     tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
     unet = diffusion.train(autoencoder, text_encoder, tokenizer, arguments.seed, progress)
     save_pipeline(out / "pipeline", autoencoder, text_encoder, tokenizer, unet)
-    write_prompt_lists(pathlib.Path("prompts"))
+    write_prompt_lists(arguments.prompts)
     figures = measure(out, out / "base.png")
     figures["build_minutes"] = (time.perf_counter() - started) / 60
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
