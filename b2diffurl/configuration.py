@@ -32,6 +32,11 @@ def run_main(main, **options):
         main(config, **options)
     except UserError as error:
         sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        sizes = "config.sample.batch_size, config.reward.batch_size or config.train.batch_size"
+        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: out of GPU memory: lower {sizes}, whichever this step uses")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from the last finished step")
 
@@ -100,6 +105,12 @@ def check(config):
         section, name = field.split(".")
         value = config[section][name]
         _require(math.isfinite(value) and value > 0, field, value, "must be a finite number above 0")
+    for section, names in {
+        "sample": ("guidance_scale",), "select": ("pos_threshold", "neg_threshold"), "train": ("beta1", "beta2"),
+    }.items():  # fmt: skip
+        for name in names:
+            value = config[section][name]
+            _require(math.isfinite(value), f"{section}.{name}", value, "must be a finite number")
     _require(config.sample.eta <= 1, "sample.eta", config.sample.eta, "must be at most 1")
     _check_schedule(config)
     read_prompts(config.prompts.train)
@@ -132,12 +143,10 @@ def _check_schedule(config):
 
 
 def _check_model_folder(field, value, marker):
-    """A path must exist; a hub id (owner/name, nothing of that name on disk) is left to the hub."""
+    """A path must exist; a hub id (owner/name, where there is no folder "owner") is left to the hub."""
     folder = pathlib.Path(value)
-    looks_like_hub_id = (
-        value.count("/") == 1 and not value.startswith((".", "/", "~", "model/")) and not folder.exists()
-    )
-    if not looks_like_hub_id and not (folder / marker).is_file():
+    hub_id = field == "pretrained.model" and value.count("/") == 1 and value[0] not in "./~"
+    if not (hub_id and not folder.parent.exists()) and not (folder / marker).is_file():
         raise UserError(f"config.{field}={value!r}: no model folder (no {marker} there); give a folder or a hub id")
 
 

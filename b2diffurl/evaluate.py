@@ -3,37 +3,54 @@
 `python -m b2diffurl.evaluate --config config/stage_process.py:PRESET --checkpoint DIR --out DIR`
 """
 
+import hashlib
+import os
 import pathlib
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from . import files, models
 from .branch_sampling import Sampler
-from .configuration import read_prompts, run_main
+from .configuration import UserError, read_prompts, run_main
 from .noise import stream_noise, stream_seed
 from .rewards import load_clip, load_reward, score
 
 RESAMPLES = 10_000
+MATTERS = ("pretrained", "sample", "reward", "evaluate")  # the settings that an evaluation depends on
 
 
 def main(config, checkpoint, out):
-    """Write eval.json and before_after.png into `out`, and print the table; needs the checkpoint folder."""
+    """Write eval.json and before_after.png into `out`, and print the table; what is there already is only printed."""
     out = pathlib.Path(out)
+    if not pathlib.Path(checkpoint, "pytorch_lora_weights.safetensors").is_file():
+        raise UserError(f"--checkpoint {checkpoint}: it holds no pytorch_lora_weights.safetensors")
+    lists = {"train": read_prompts(config.prompts.train), "held-out": read_prompts(config.prompts.test)}
+    weights = pathlib.Path(checkpoint, "pytorch_lora_weights.safetensors").read_bytes()
+    settings = {
+        "checkpoint": str(checkpoint), "sha256": hashlib.sha256(weights).hexdigest(), "lists": lists,
+        "mixed_precision": config.mixed_precision, **{name: config[name].to_dict() for name in MATTERS},
+    }  # fmt: skip
+    log = files.start_log(files.Run(config))
+    if (out / "eval.json").exists():
+        stored = files.read_json(out / "eval.json", "the evaluation")
+        if stored.get("settings") == settings:
+            log.info(table(stored["results"]))
+            return
     out.mkdir(parents=True, exist_ok=True)
     reward = load_reward(config, models.device())
     clip = reward if config.reward.name == "clip" else load_clip(config, models.device())
-    lists = {"train": read_prompts(config.prompts.train), "held-out": read_prompts(config.prompts.test)}
     results, pictures = [], {}
     for model, folder in (("before", None), ("after", checkpoint)):
         images = generate(config, lists, folder, model)
         for name, prompts in lists.items():
             results.append({"model": model, "prompts": name, **measure(config, reward, clip, prompts, images[name])})
             pictures[model, name] = images[name]
-    files.write_json(out / "eval.json", {"checkpoint": str(checkpoint), "results": results})
-    side_by_side(config, lists, pictures).save(out / "before_after.png")
-    print(table(results))
+    side_by_side(config, lists, pictures).save(out / "before_after.tmp.png")
+    os.replace(out / "before_after.tmp.png", out / "before_after.png")
+    files.write_json(out / "eval.json", {"settings": settings, "results": results})
+    log.info(table(results))
 
 
 @torch.no_grad()
@@ -69,9 +86,8 @@ def generate(config, lists, checkpoint, label):
         batch = wanted[first : first + config.sample.batch_size]
         seeds = [stream_seed(config.evaluate.seed, "evaluation", prompt, i) for _, prompt, i in batch]
         noise = torch.stack([stream_noise(seed, steps + 1, shape) for seed in seeds])
-        latents = (noise[:, 0] * scheduler.init_noise_sigma).to(device, unet.dtype)
         own = embeds[[distinct.index(prompt) for _, prompt, _ in batch]].to(device)
-        path, _ = sampler.denoise(latents, own, noise[:, 1:], range(steps))
+        path, _ = sampler.denoise(sampler.initial(noise[:, 0]), own, noise[:, 1:], range(steps))
         for (name, _, _), picture in zip(batch, models.decode(vae, path[:, -1]), strict=True):
             images[name].append(Image.fromarray(picture.numpy()))
     return images
@@ -88,17 +104,22 @@ def measure(config, reward, clip, prompts, images):
         "reward_interval": bootstrap_interval(scores.mean(1)),
         "diversity": feature_distance(clip.features(images).float().cpu().numpy().reshape(len(prompts), count, -1)),
     }
-    if config.evaluate.oracle:
-        right = oracle_verdicts(images, repeated).reshape(-1, count)
+    verdicts = oracle_verdicts(images, repeated) if config.evaluate.oracle else None
+    if verdicts is not None:
+        right = verdicts.reshape(-1, count)
         values["oracle"] = right.mean()
         values["oracle_interval"] = bootstrap_interval(right.mean(1))
     return values
 
 
 def oracle_verdicts(images, prompts):
-    """The shapes oracle on PIL images -> float64 (N,) of 0 and 1."""
+    """The shapes oracle on PIL images -> float64 (N,) of 0 and 1, or None for prompts or sizes of another world."""
+    from .shapes.captions import understood
     from .shapes.oracle import holds
+    from .shapes.scene import SIZE
 
+    if not all(map(understood, set(prompts))) or any(image.size != (SIZE, SIZE) for image in images):
+        return None
     pictures = torch.tensor(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
     return holds(pictures, prompts).double().numpy()
 
@@ -136,18 +157,22 @@ def table(results):
 
 
 def side_by_side(config, lists, pictures, prompts=6, images=4, tile=96):
-    """Contact sheet: a row a prompt, its first images before on the left and after on the right."""
-    rows = []
+    """Contact sheet: a row a prompt, spread over the lists; its first images before (left) and after (right)."""
+    rows = [(name, i) for name in lists for i in np.linspace(0, len(lists[name]) - 1, prompts).round().astype(int)]
     count = config.evaluate.images_per_prompt
-    for name in lists:
-        for i in range(min(prompts, len(lists[name]))):
-            row = []
-            for model in ("before", "after"):
-                chosen = pictures[model, name][i * count : i * count + min(images, count)]
-                row += [np.asarray(image.resize((tile, tile), Image.Resampling.NEAREST)) for image in chosen]
-                row.append(np.full((tile, 8, 3), 255, np.uint8))
-            rows.append(np.concatenate(row[:-1], axis=1))
-    return Image.fromarray(np.concatenate(rows))
+    shown, label = min(images, count), 190
+    sheet = Image.new("RGB", (label + 2 * shown * tile + 12, 20 + len(rows) * (tile + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for half, model in enumerate(("before", "after")):
+        left = label + half * (shown * tile + 12)
+        draw.text((left, 4), model, fill="black")
+        for row, (name, i) in enumerate(rows):
+            top = 20 + row * (tile + 4)
+            draw.text((4, top + tile // 2 - 12), f"{name}\n{lists[name][i][:30]}", fill="black")
+            for k, image in enumerate(pictures[model, name][i * count : i * count + shown]):
+                smooth = Image.Resampling.LANCZOS if image.width > tile else Image.Resampling.NEAREST
+                sheet.paste(image.resize((tile, tile), smooth), (left + k * tile, top))
+    return sheet
 
 
 if __name__ == "__main__":

@@ -10,6 +10,25 @@ import sys
 
 from .configuration import UserError
 
+FREE = (
+    "stage",
+    "log_with",
+    "save_path",
+    "sample.batch_size",
+    "reward.batch_size",
+    "train.batch_size",
+    "prompts.test",
+    "evaluate.",
+)
+
+
+def settings_that_matter(config):
+    """{dotted name: value} of all settings that a run's results depend on."""
+    flat = {}
+    for name, value in config.to_dict().items():
+        flat.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})
+    return {name: value for name, value in flat.items() if not name.startswith(FREE)}
+
 
 class Run:
     """The paths of one run, and of its stage config.stage."""
@@ -20,6 +39,21 @@ class Run:
         self.previous = self.folder / f"stage{config.stage - 1}" if config.stage else None
         self.log = pathlib.Path("log") / f"{config.exp_name}.log"
         self.metrics = self.folder / "metrics.jsonl"
+
+    def pin(self, config):
+        """Remember the configuration of the run's first step; UserError if a later step comes with another.
+
+        What only changes speed, reporting or the evaluation may change: see FREE.
+        """
+        pinned, path = settings_that_matter(config), self.folder / "config.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_json(path, pinned)
+        stored = read_json(path, "the run")
+        changed = [name for name in sorted({*stored, *pinned}) if stored.get(name) != pinned.get(name)]
+        if changed:
+            what = ", ".join(f"config.{name} was {stored.get(name)!r}, now {pinned.get(name)!r}" for name in changed)
+            raise UserError(f"{self.folder} was started with other settings: {what}; give a new config.exp_name")
 
 
 def checkpoint(stage_folder):
@@ -43,12 +77,25 @@ def write_json(path, value):
 
 
 def write_tensors(path, tensors):
-    """Write a safetensors file atomically; tensors: {name: CPU tensor}."""
+    """Write a safetensors file atomically; tensors: {name: tensor}."""
     from safetensors.torch import save_file
 
     aside = path.with_name(path.name + ".tmp")
     save_file({name: t.contiguous() for name, t in tensors.items()}, aside)
     os.replace(aside, path)
+
+
+def read_tensors(path, step):
+    """A safetensors file of an earlier step, whole, on the CPU; errors as those of read_json."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run {step} on this stage first") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is broken ({error}): delete the stage's folder and run {step} again") from None
 
 
 def read_json(path, step):

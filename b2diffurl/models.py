@@ -5,9 +5,11 @@ import pathlib
 
 import torch
 
+from . import files
 from .configuration import UserError
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DECODED_LATENT_PIXELS = 4 * 64 * 64  # latent pixels that the VAE decodes at once: four 512x512 pictures of SD
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention of the UNet
 
 
@@ -47,13 +49,25 @@ def load_vae(config):
 
 
 def load_scheduler(config):
-    """A DDIMScheduler with the pipeline's betas, its timesteps set to config.sample.num_steps."""
+    """A DDIMScheduler with the pipeline's betas, its timesteps set to config.sample.num_steps.
+
+    Raises UserError where some step would have no variance, and so no log-probability.
+    """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    scheduler = _load(DDIMScheduler, config, "scheduler")
-    if scheduler.config.thresholding:
-        raise UserError(f"config.pretrained.model={config.pretrained.model!r}: its scheduler has thresholding on")
-    scheduler.set_timesteps(config.sample.num_steps)
+    # As StableDiffusionPipeline sets them: configurations of other schedulers lack them, and DDIM's defaults clip.
+    scheduler = _load(DDIMScheduler, config, "scheduler", steps_offset=1, clip_sample=False)
+    trained, steps = scheduler.config.num_train_timesteps, config.sample.num_steps
+    if steps > trained:
+        raise UserError(f"config.sample.num_steps={steps}: the model has {trained} timesteps; take at most that many")
+    scheduler.set_timesteps(steps)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device())
+    first, last = scheduler.timesteps[[0, -1]].tolist()
+    if scheduler.config.thresholding or last < 1 or scheduler.alphas_cumprod[first] <= 0:
+        raise UserError(
+            f"config.pretrained.model={config.pretrained.model!r}: its scheduler has steps without a density; set "
+            'thresholding=false, rescale_betas_zero_snr=false and timestep_spacing="leading" in scheduler_config.json'
+        )
     return scheduler
 
 
@@ -72,9 +86,17 @@ def embed_prompts(config, prompts):
 
 @torch.no_grad()
 def decode(vae, latents):
-    """Latents (B, C, h, w) -> pictures (B, H, W, 3) uint8 on the CPU."""
-    pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-    return ((pictures.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
+    """Latents (B, C, h, w) -> pictures (B, H, W, 3) uint8 on the CPU; large pictures a few at a time."""
+    at_once = max(1, DECODED_LATENT_PIXELS // latents[0, 0].numel())
+    pictures = [
+        ((vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1) * 255)
+        .round()
+        .byte()
+        .permute(0, 2, 3, 1)
+        .cpu()
+        for part in latents.split(at_once)
+    ]
+    return torch.cat(pictures)
 
 
 def add_lora(unet, config):
@@ -89,8 +111,12 @@ def add_lora(unet, config):
 
 def load_lora(unet, folder):
     """Attach the LoRA of a checkpoint folder; trainable and float32."""
+    stored = files.read_tensors(pathlib.Path(folder) / "pytorch_lora_weights.safetensors", "run_train.py")
     unet.load_lora_adapter(os.fspath(folder), prefix="unet", adapter_name="default", use_safetensors=True)
-    return _trainable(unet)
+    lora = _trainable(unet)
+    for name, parameter in lora.items():  # once more, since diffusers rounds what it loads to the UNet's precision
+        parameter.data.copy_(stored[f"unet.{name.replace('.default.', '.')}"])
+    return lora
 
 
 def _trainable(unet):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from . import files, metrics, models
 from .branch_sampling import Sampler
-from .configuration import METHODS, interval_of, read_prompts
+from .configuration import METHODS, UserError, interval_of, read_prompts
 from .noise import draw_prompts, stream_seed
 
 
@@ -16,21 +16,28 @@ def main(config):
     """Write images/, samples.safetensors and samples.json of config.stage; nothing to do if samples.json is there."""
     run = files.Run(config)
     log = files.start_log(run)
+    run.pin(config)
     if (run.stage / "samples.json").exists():
         log.info(f"stage {config.stage} sample: complete already ({run.stage / 'samples.json'})")
         return
     started = time.perf_counter()
+    before = files.require_checkpoint(run.previous) if run.previous else None
     rows = plan(config)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     embeds = models.embed_prompts(config, [*prompts, ""])
     unet, vae, scheduler = models.load_unet(config), models.load_vae(config), models.load_scheduler(config)
-    if run.previous:
-        models.load_lora(unet, files.require_checkpoint(run.previous))
+    if before:
+        models.load_lora(unet, before)
     loaded = time.perf_counter()
     run.stage.mkdir(parents=True, exist_ok=True)
     interval = interval_of(config)
     with files.fresh_folder(run.stage / "images") as folder, concurrent.futures.ThreadPoolExecutor(4) as pool:
         trajectories = _denoise(config, rows, prompts, embeds, unet, vae, scheduler, interval, folder, pool)
+        if not trajectories.log_probs.isfinite().all():
+            raise UserError(
+                f"stage {config.stage}: the latents are not finite; nothing was written. Try config.mixed_precision="
+                "no or bf16; if training had diverged, lower config.train.learning_rate under a new config.exp_name"
+            )
     files.write_tensors(
         run.stage / "samples.safetensors",
         {
@@ -55,6 +62,7 @@ def main(config):
     }
     metrics.record(run.metrics, config, "sample", values)
     files.write_json(run.stage / "samples.json", rows)
+    metrics.track(config, "sample", values, log)
     log.info(
         f"stage {config.stage} sample: {len(rows)} images, last {interval[1] - interval[0]} of {interval[1]} steps "
         f"branch, {speed:.1f} images/s, {seconds:.1f} s"

@@ -8,6 +8,7 @@ from PIL import Image
 
 from . import files, metrics, models
 from .configuration import METHODS, UserError
+from .evaluate import oracle_verdicts
 from .rewards import load_reward, score
 from .rewards.history import RewardHistory
 from .selection import select_contrasts
@@ -17,6 +18,7 @@ def main(config):
     """Write selected.safetensors and scores.json of config.stage; nothing to do if scores.json is there."""
     run = files.Run(config)
     log = files.start_log(run)
+    run.pin(config)
     if (run.stage / "scores.json").exists():
         log.info(f"stage {config.stage} select: complete already ({run.stage / 'scores.json'})")
         return
@@ -40,21 +42,22 @@ def main(config):
         "select/kept": len(kept),
         "select/kept_best": int((normalised[kept] > 0).sum()),
     }
-    if config.evaluate.oracle:
-        from .evaluate import oracle_verdicts
-
-        values["oracle/alignment"] = oracle_verdicts(images, prompts).mean()
+    verdicts = oracle_verdicts(images, prompts) if config.evaluate.oracle else None
+    if verdicts is not None:
+        values["oracle/alignment"] = verdicts.mean()
     values = {name: round(float(value), 6) for name, value in values.items()}
     values["time_s"] = round(time.perf_counter() - started, 3)
     metrics.record(run.metrics, config, "select", values)
+    chosen = set(kept)
     scores = [
-        {**row, "reward": float(r), "normalised": float(n), "kept": i in set(kept)}
+        {**row, "reward": float(r), "normalised": float(n), "kept": i in chosen}
         for i, (row, r, n) in enumerate(zip(rows, raw, normalised, strict=True))
     ]
     files.write_json(run.stage / "scores.json", {"scores": scores, "history": history.state()})
+    metrics.track(config, "select", values, log)
     log.info(
         f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {len(kept)} of "
-        f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if config.evaluate.oracle else "")
+        f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if verdicts is not None else "")
         + f", {values['time_s']:.1f} s"
     )  # fmt: skip
 

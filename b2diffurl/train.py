@@ -3,8 +3,7 @@
 import time
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from . import curves, files, metrics, models
 from .configuration import UserError
@@ -12,24 +11,27 @@ from .losses import weigh_advantages
 from .noise import stream_seed
 from .training import Pairs, split_updates, train_epochs
 
+NOTHING_SELECTED = {
+    "train/updates": 0, "train/loss": 0.0, "train/grad_norm": 0.0, "train/grad_norm_max": 0.0,
+    "policy/ratio_first": 1.0, "policy/ratio_first_error": 0.0, "policy/clipfrac": 0.0, "policy/approx_kl": 0.0,
+}  # fmt: skip
+
 
 def main(config):
     """Write checkpoints/checkpoint_0 (before) and checkpoint_1 (after) of config.stage, unless they are there."""
     run = files.Run(config)
     log = files.start_log(run)
+    run.pin(config)
     target = run.stage / "checkpoints"
     if target.exists():
         log.info(f"stage {config.stage} train: complete already ({target})")
         return
     started = time.perf_counter()
     files.read_json(run.stage / "scores.json", "run_select.py")
-    selected = load_file(run.stage / "selected.safetensors")
+    selected = files.read_tensors(run.stage / "selected.safetensors", "run_select.py")
+    before = files.require_checkpoint(run.previous) if run.previous else None
     unet, scheduler = models.load_unet(config), models.load_scheduler(config)
-    if run.previous:
-        before = files.require_checkpoint(run.previous)
-        lora = models.load_lora(unet, before)
-    else:
-        before, lora = None, models.add_lora(unet, config)
+    lora = models.load_lora(unet, before) if before else models.add_lora(unet, config)
     optimizer = build_optimizer(config, lora)
     if before:
         load_optimizer(optimizer, lora, before)
@@ -39,6 +41,7 @@ def main(config):
         save_checkpoint(unet, optimizer, lora, folder / "checkpoint_1")
         values["time_s"] = round(time.perf_counter() - started, 3)
         metrics.record(run.metrics, config, "train", values)
+    metrics.track(config, "train", values, log)
     curves.draw(run)
     if values["train/updates"]:
         log.info(
@@ -77,8 +80,12 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
 
     count = len(selected["index"])
     if not count:
-        return {"train/updates": 0}
-    pairs = load_pairs(config, run, selected, unet.device)
+        return dict(NOTHING_SELECTED)
+    try:
+        pairs = load_pairs(config, run, selected, unet.device)
+    except (OSError, SafetensorError) as error:
+        path = run.stage / "samples.safetensors"
+        raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
     updates = []
     total = config.train.num_epochs * len(split_updates(torch.arange(count), config.train.trajectories_per_update))
     generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
@@ -94,7 +101,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
         except FloatingPointError as error:
             raise UserError(
                 f"stage {config.stage} update {len(updates)}: {error}; the stage was not saved. Lower "
-                f"config.train.learning_rate={config.train.learning_rate} or use config.mixed_precision=bf16"
+                f"config.train.learning_rate={config.train.learning_rate} under a new config.exp_name"
             ) from None
     mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
     return {
@@ -135,7 +142,7 @@ def save_checkpoint(unet, optimizer, lora, folder):
 
 def load_optimizer(optimizer, lora, folder):
     """Put the state that save_checkpoint wrote back into the optimiser; learning rate and betas stay the configured."""
-    stored = load_file(folder / "optimizer.safetensors")
+    stored = files.read_tensors(folder / "optimizer.safetensors", "run_train.py")
     for name, parameter in lora.items():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"{name}.{key}" in stored:

@@ -1,27 +1,33 @@
 # Sourced by run_process.sh and tests/run.sh from the repository's root: sets PYTHON to an interpreter that has
-# everything in the given requirements files, and makes .venv with them where there is none.
+# everything in the given requirements files, and makes .venv with them where it is missing.
 #   PYTHON=/path/to/python   use that interpreter as it is, install nothing
+
+find_python() {
+  local candidate
+  for candidate in python3.11 python3 python3.12 python3.13; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "no Python 3.11 or newer found: install one, or set PYTHON to one that has requirements.txt" >&2
+  return 1
+}
 
 prepare_environment() {
   if [ -n "${PYTHON:-}" ]; then
     return
   fi
-  local stamp
-  stamp=$(cat "$@" | cksum)
   PYTHON=$PWD/.venv/bin/python
-  if [ -x "$PYTHON" ] && [ "$(cat ".venv/$(basename "$1").stamp" 2>/dev/null)" = "$stamp" ]; then
-    return
-  fi
-  echo "setting up .venv from $* (once; a few minutes, about 6 GB) ..."
-  local base
-  base=$(command -v python3.11 || command -v python3.12 || command -v python3) || {
-    echo "no python3 found: install Python 3.11 or newer" >&2
-    return 1
-  }
-  [ -x "$PYTHON" ] || "$base" -m venv .venv
-  local file
+  local file base
   for file in "$@"; do
+    if [ -x "$PYTHON" ] && cmp -s "$file" ".venv/$(basename "$file")"; then
+      continue
+    fi
+    echo "installing $file into .venv (once; requirements.txt takes a few minutes and about 6 GB) ..."
+    base=$(find_python) || return 1
+    "$base" -m venv .venv
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$file"
+    cp "$file" ".venv/$(basename "$file")" # what is installed; a changed file is installed again
   done
-  echo "$stamp" >".venv/$(basename "$1").stamp"
 }

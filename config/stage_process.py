@@ -67,8 +67,8 @@ def sdv1_4():
     config.train.adam_weight_decay = 1e-4  # AdamW's decoupled weight decay
     config.train.adam_epsilon = 1e-8  # AdamW's denominator term
     config.train.max_grad_norm = 1.0  # bound on the gradient's norm, an update
-    config.train.batch_size = 8  # (sample, step) pairs a UNet call; changes speed and memory, not results [2, one step]
-    config.train.trajectories_per_update = 128  # samples, with all their steps, an update [batch 2 x accumulation 64]
+    config.train.batch_size = 2  # (sample, step) pairs a UNet call; more fills a larger GPU, results stay [one step]
+    config.train.trajectories_per_update = 128  # at most, evenly cut: samples, with all their steps, an update [2 x 64]
     config.train.num_epochs = 2  # passes over the selected samples, a stage
     config.train.clip_range = 0.1  # ε of the probability ratio [train.eps]
     config.train.adv_clip = 5.0  # bound on the normalised reward [train.adv_clip_max]

@@ -11,14 +11,18 @@ import platform
 import sys
 import time
 
+import numpy as np
 import torch
 from PIL import Image
 
-from . import clip, diffusion, vae
-from .captions import TEMPLATES, prompt_lists
+from . import clip, diffusion, oracle, vae
+from .captions import TEMPLATES, caption_scenes, prompt_lists, swap
+from .scene import render, sample_scenes
 
 # Every figure is a share; (low, high) bounds are what the project promises of the world.
 BOUNDS = {
+    "oracle_clean": (0.99, 1.0),
+    "oracle_false_yes": (0.0, 0.01),
     "vae_oracle": (0.97, 1.0),
     "reward_swap": (0.97, 1.0),
     "base_attribute": (0.40, 0.75),
@@ -58,6 +62,15 @@ def write_prompt_lists(folder):
             (folder / f"shapes_{template}_{name}.json").write_text(text, encoding="utf-8")
 
 
+def oracle_rates(template, n, seed):
+    """(share of n clean renders that the oracle accepts, share that it accepts under the swapped caption)."""
+    rng = np.random.default_rng(seed)
+    scenes = sample_scenes(template, n, rng)
+    pictures, captions = render(scenes), caption_scenes(template, scenes)
+    swapped = [swap(caption, rng) for caption in captions]
+    return tuple(oracle.holds(pictures, texts).float().mean().item() for texts in (captions, swapped))
+
+
 def measure(folder, contact_sheet):
     """All figures of a built world, by name; also draws base pictures, a row a template, into contact_sheet."""
     from diffusers import StableDiffusionPipeline
@@ -66,6 +79,8 @@ def measure(folder, contact_sheet):
     pipeline.set_progress_bar_config(disable=True)
     figures, rows = {}, []
     for template in TEMPLATES:
+        right, wrong = oracle_rates(template, 3000, seed=4)
+        figures[f"oracle_clean_{template}"], figures[f"oracle_false_yes_{template}"] = right, wrong
         right, psnr = vae.round_trip(pipeline.vae, template, 2000, seed=1)
         figures[f"vae_oracle_{template}"], figures[f"vae_psnr_{template}"] = right, psnr
         figures[f"reward_swap_{template}"] = clip.swap_accuracy(folder / "clip", template, 2000, seed=2)

@@ -71,6 +71,11 @@ def parse(caption):
     raise ValueError(f"not a shapes prompt: {caption!r} (like 'a red circle', 'a ring above a cross')")
 
 
+def understood(caption):
+    """Whether a text is a caption of this world."""
+    return any(pattern.fullmatch(caption.strip()) for pattern in _PATTERNS.values())
+
+
 def all_captions(template):
     """Every caption of a template, in a fixed order."""
     if template == "attribute":

@@ -1,0 +1,103 @@
+"""Loading parts of a pipeline, and the reward against OpenCLIP's own features."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from b2diffurl import models
+from b2diffurl.configuration import UserError, parse
+from b2diffurl.rewards import load_clip
+from b2diffurl.shapes.scene import SIZE
+
+
+def configure(*more):
+    return parse(["test", "--config", "config/stage_process.py:shapes", *more])[0]
+
+
+@pytest.fixture
+def with_scheduler(tmp_path):
+    """A pipeline folder whose scheduler_config.json is the given one."""
+
+    def make(**scheduler):
+        folder = tmp_path / "pipeline"
+        (folder / "scheduler").mkdir(parents=True)
+        shutil.copy("model/shapes/pipeline/model_index.json", folder)
+        (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+        return configure(f"--config.pretrained.model={folder}")
+
+    return make
+
+
+def test_scheduler_of_sd_v1_4_is_read_as_ddim(with_scheduler):
+    """SD v1.4 ships a PNDM configuration; without steps_offset and clip_sample DDIM's defaults would be wrong."""
+    scheduler = models.load_scheduler(
+        with_scheduler(
+            _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+            num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True,
+        )
+    )  # fmt: skip
+    assert scheduler.timesteps.tolist() == list(range(951, 0, -50))
+    assert not scheduler.config.clip_sample
+    assert scheduler.alphas_cumprod[999].item() == pytest.approx(0.00466, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"timestep_spacing": "linspace"},
+        {"thresholding": True},
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ],
+)
+def test_scheduler_without_densities_is_refused(with_scheduler, broken):
+    with pytest.raises(UserError, match="steps without a density"):
+        models.load_scheduler(with_scheduler(**broken))
+
+
+def test_more_steps_than_timesteps():
+    with pytest.raises(UserError, match=r"config\.sample\.num_steps=1001"):
+        models.load_scheduler(configure("--config.sample.num_steps=1001"))
+
+
+def test_a_part_that_is_missing_is_named(with_scheduler):
+    with pytest.raises(UserError, match="its unet does not load"):
+        models.load_unet(with_scheduler())
+
+
+def test_decoding_in_parts_is_decoding_at_once(monkeypatch):
+    vae = models.load_vae(configure())
+    latents = torch.randn(5, 4, 8, 8)
+    whole = models.decode(vae, latents)
+    assert whole.shape == (5, SIZE, SIZE, 3)
+    monkeypatch.setattr(models, "DECODED_LATENT_PIXELS", 2 * 8 * 8)
+    assert (whole.int() - models.decode(vae, latents).int()).abs().max() <= 1
+
+
+def test_clip_score_is_the_raw_cosine_of_openclips_features():
+    import open_clip
+
+    reward = load_clip(configure("--config.reward.batch_size=3"), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (7, SIZE, SIZE, 3), generator=generator, dtype=torch.uint8)
+    images = [Image.fromarray(p.numpy()) for p in pixels]
+    prompts = [
+        "a red circle",
+        "a blue ring",
+        "a red circle",
+        "a green cross",
+        "a cyan square",
+        "a blue ring",
+        "a zebra",
+    ]
+    model, preprocess = open_clip.create_model_from_pretrained("local-dir:model/shapes/clip")
+    model.eval()
+    tokenizer = open_clip.get_tokenizer("local-dir:model/shapes/clip")
+    for image, prompt, score in zip(images, prompts, reward(images, prompts), strict=True):
+        with torch.no_grad():
+            features = model.encode_image(preprocess(image)[None]), model.encode_text(tokenizer([prompt]))
+        assert score.item() == pytest.approx(F.cosine_similarity(*features).item(), abs=1e-5)
+    assert reward(images, prompts).dtype == torch.float32
