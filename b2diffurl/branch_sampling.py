@@ -31,6 +31,12 @@ class Sampler:
     eta: float
     batch_size: int  # images a UNet call; the call's batch is twice that
 
+    @property
+    def latent_shape(self):
+        """(C, H, W) of the UNet's latents."""
+        config = self.unet.config
+        return config.in_channels, config.sample_size, config.sample_size
+
     def initial(self, noise):
         """x_T from standard normal noise (B, C, H, W), in the precision that latents are carried and stored in.
 
@@ -59,16 +65,16 @@ class Sampler:
         return torch.stack(path, 1), torch.stack(log_probs, 1)
 
     @torch.no_grad()
-    def sample(self, embeds, root_seeds, branch_seeds, interval, shape, on_batch):
+    def sample(self, embeds, root_seeds, branch_seeds, interval, on_batch):
         """Denoise each root's steps 0..start-1 once and each of its branches' steps start..stop-1.
 
         embeds: (R, L, D), a prompt for each root. root_seeds: R noise streams, which give x_T and the prefix's noise.
-        branch_seeds: N = R x fan-out streams, roots in order. interval: (start, T). shape: (C, H, W). Images of any
-        roots share UNet batches. on_batch(first, final) gets the finished latents (B, C, H, W) of images first…;
+        branch_seeds: N = R x fan-out streams, roots in order. interval: (start, T). Images of any roots share
+        UNet batches. on_batch(first, final) gets the finished latents (B, C, H, W) of images first…;
         Trajectories come back on the CPU.
         """
         start, stop = interval
-        device = self.unet.device
+        device, shape = self.unet.device, self.latent_shape
         starts = []
         for first in range(0, len(root_seeds), self.batch_size):
             seeds = root_seeds[first : first + self.batch_size]

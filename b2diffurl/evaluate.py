@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from . import files, models
-from .branch_sampling import Sampler
 from .configuration import UserError, read_prompts, run_main
 from .noise import stream_noise, stream_seed
 from .rewards import load_clip, load_reward, score
+from .shapes.oracle import verdicts
 
 RESAMPLES = 10_000
 MATTERS = ("pretrained", "sample", "reward", "evaluate")  # the settings that an evaluation depends on
@@ -64,19 +64,7 @@ def generate(config, lists, checkpoint, label):
     names, count = list(lists), config.evaluate.images_per_prompt
     distinct = list(dict.fromkeys(p for name in names for p in lists[name]))
     embeds = models.embed_prompts(config, [*distinct, ""])
-    unet, vae, scheduler = models.load_unet(config), models.load_vae(config), models.load_scheduler(config)
-    if checkpoint:
-        models.load_lora(unet, checkpoint)
-    device = models.device()
-    sampler = Sampler(
-        unet,
-        scheduler,
-        embeds[-1:].to(device),
-        config.sample.guidance_scale,
-        config.sample.eta,
-        config.sample.batch_size,
-    )
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    sampler, vae = models.load_sampler(config, embeds[-1:], checkpoint), models.load_vae(config)
     wanted = [(name, prompt, i) for name in names for prompt in lists[name] for i in range(count)]
     images = {name: [] for name in names}
     steps = config.sample.num_steps
@@ -85,8 +73,8 @@ def generate(config, lists, checkpoint, label):
     ):
         batch = wanted[first : first + config.sample.batch_size]
         seeds = [stream_seed(config.evaluate.seed, "evaluation", prompt, i) for _, prompt, i in batch]
-        noise = torch.stack([stream_noise(seed, steps + 1, shape) for seed in seeds])
-        own = embeds[[distinct.index(prompt) for _, prompt, _ in batch]].to(device)
+        noise = torch.stack([stream_noise(seed, steps + 1, sampler.latent_shape) for seed in seeds])
+        own = embeds[[distinct.index(prompt) for _, prompt, _ in batch]].to(models.device())
         path, _ = sampler.denoise(sampler.initial(noise[:, 0]), own, noise[:, 1:], range(steps))
         for (name, _, _), picture in zip(batch, models.decode(vae, path[:, -1]), strict=True):
             images[name].append(Image.fromarray(picture.numpy()))
@@ -104,24 +92,12 @@ def measure(config, reward, clip, prompts, images):
         "reward_interval": bootstrap_interval(scores.mean(1)),
         "diversity": feature_distance(clip.features(images).float().cpu().numpy().reshape(len(prompts), count, -1)),
     }
-    verdicts = oracle_verdicts(images, repeated) if config.evaluate.oracle else None
-    if verdicts is not None:
-        right = verdicts.reshape(-1, count)
+    right = verdicts(images, repeated) if config.evaluate.oracle else None
+    if right is not None:
+        right = right.reshape(-1, count)
         values["oracle"] = right.mean()
         values["oracle_interval"] = bootstrap_interval(right.mean(1))
     return values
-
-
-def oracle_verdicts(images, prompts):
-    """The shapes oracle on PIL images -> float64 (N,) of 0 and 1, or None for prompts or sizes of another world."""
-    from .shapes.captions import understood
-    from .shapes.oracle import holds
-    from .shapes.scene import SIZE
-
-    if not all(map(understood, set(prompts))) or any(image.size != (SIZE, SIZE) for image in images):
-        return None
-    pictures = torch.tensor(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
-    return holds(pictures, prompts).double().numpy()
 
 
 def feature_distance(features):

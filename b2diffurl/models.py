@@ -6,6 +6,7 @@ import pathlib
 import torch
 
 from . import files
+from .branch_sampling import Sampler
 from .configuration import UserError
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,6 +70,16 @@ def load_scheduler(config):
             'thresholding=false, rescale_betas_zero_snr=false and timestep_spacing="leading" in scheduler_config.json'
         )
     return scheduler
+
+
+def load_sampler(config, negative_embeds, checkpoint=None):
+    """The denoising policy: the UNet, with a checkpoint folder's LoRA where one is given, and how config runs it."""
+    unet = load_unet(config)
+    if checkpoint:
+        load_lora(unet, checkpoint)
+    sample = config.sample
+    negative = negative_embeds.to(device())
+    return Sampler(unet, load_scheduler(config), negative, sample.guidance_scale, sample.eta, sample.batch_size)
 
 
 @torch.no_grad()

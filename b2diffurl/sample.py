@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 
 from . import files, metrics, models
-from .branch_sampling import Sampler
 from .configuration import METHODS, UserError, interval_of, read_prompts
 from .noise import draw_prompts, stream_seed
 
@@ -25,14 +24,12 @@ def main(config):
     rows = plan(config)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     embeds = models.embed_prompts(config, [*prompts, ""])
-    unet, vae, scheduler = models.load_unet(config), models.load_vae(config), models.load_scheduler(config)
-    if before:
-        models.load_lora(unet, before)
+    sampler, vae = models.load_sampler(config, embeds[-1:], before), models.load_vae(config)
     loaded = time.perf_counter()
     run.stage.mkdir(parents=True, exist_ok=True)
     interval = interval_of(config)
     with files.fresh_folder(run.stage / "images") as folder, concurrent.futures.ThreadPoolExecutor(4) as pool:
-        trajectories = _denoise(config, rows, prompts, embeds, unet, vae, scheduler, interval, folder, pool)
+        trajectories = _denoise(config, rows, prompts, embeds, sampler, vae, interval, folder, pool)
         if not trajectories.log_probs.isfinite().all():
             raise UserError(
                 f"stage {config.stage}: the latents are not finite; nothing was written. Try config.mixed_precision="
@@ -86,7 +83,7 @@ def plan(config):
     ]
 
 
-def _denoise(config, rows, prompts, embeds, unet, vae, scheduler, interval, folder, pool):
+def _denoise(config, rows, prompts, embeds, sampler, vae, interval, folder, pool):
     """Run the sampler over the rows; pictures are decoded batch by batch and written off the critical path."""
     from tqdm import tqdm
 
@@ -96,17 +93,7 @@ def _denoise(config, rows, prompts, embeds, unet, vae, scheduler, interval, fold
     else:  # every image by itself, from its own x_T
         roots = rows
         root_seeds = [stream_seed(config.seed, config.stage, r["group"], f"prefix of {r['branch']}") for r in roots]
-    device = models.device()
-    root_embeds = embeds[[prompts.index(row["prompt"]) for row in roots]].to(device)
-    sampler = Sampler(
-        unet,
-        scheduler,
-        embeds[-1:].to(device),
-        config.sample.guidance_scale,
-        config.sample.eta,
-        config.sample.batch_size,
-    )
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    root_embeds = embeds[[prompts.index(row["prompt"]) for row in roots]].to(models.device())
     saving = []
     with tqdm(total=len(rows), desc=f"stage {config.stage} sample", unit="image", leave=False, disable=None) as bar:
 
@@ -116,7 +103,7 @@ def _denoise(config, rows, prompts, embeds, unet, vae, scheduler, interval, fold
             bar.update(len(latents))
 
         seeds = [row["seed"] for row in rows]
-        trajectories = sampler.sample(root_embeds, root_seeds, seeds, interval, shape, on_batch)
+        trajectories = sampler.sample(root_embeds, root_seeds, seeds, interval, on_batch)
     for future in saving:
         future.result()
     return trajectories

@@ -8,10 +8,10 @@ from PIL import Image
 
 from . import files, metrics, models
 from .configuration import METHODS, UserError
-from .evaluate import oracle_verdicts
 from .rewards import load_reward, score
 from .rewards.history import RewardHistory
 from .selection import select_contrasts
+from .shapes.oracle import verdicts
 
 
 def main(config):
@@ -42,9 +42,9 @@ def main(config):
         "select/kept": len(kept),
         "select/kept_best": int((normalised[kept] > 0).sum()),
     }
-    verdicts = oracle_verdicts(images, prompts) if config.evaluate.oracle else None
-    if verdicts is not None:
-        values["oracle/alignment"] = verdicts.mean()
+    right = verdicts(images, prompts) if config.evaluate.oracle else None
+    if right is not None:
+        values["oracle/alignment"] = right.mean()
     values = {name: round(float(value), 6) for name, value in values.items()}
     values["time_s"] = round(time.perf_counter() - started, 3)
     metrics.record(run.metrics, config, "select", values)
@@ -57,7 +57,7 @@ def main(config):
     metrics.track(config, "select", values, log)
     log.info(
         f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {len(kept)} of "
-        f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if verdicts is not None else "")
+        f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if right is not None else "")
         + f", {values['time_s']:.1f} s"
     )  # fmt: skip
 

@@ -23,7 +23,6 @@ def run(unet, scheduler, interval=(15, 20), batch_size=5):
         roots,
         branches,
         interval,
-        SHAPE,
         lambda first, x: finished.update({first + i: x[i] for i in range(len(x))}),
     )
     return result, finished, embeds, negative

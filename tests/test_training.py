@@ -31,7 +31,7 @@ def sampled_pairs(unet, scheduler, n=5):
     sampler = Sampler(unet, scheduler, negative, 5.0, 1.0, batch_size=3)
     seeds = [stream_seed(0, 0, g, 0) for g in range(n)]
     start = 20 - LENGTH
-    made = sampler.sample(embeds, seeds, seeds, (start, 20), (4, 8, 8), lambda first, x: None)
+    made = sampler.sample(embeds, seeds, seeds, (start, 20), lambda first, x: None)
     latents = torch.cat([made.start_latents[:, None], made.latents], dim=1)
     return Pairs(latents, made.log_probs, made.timesteps, torch.linspace(-2, 2, n), embeds, negative)
 

@@ -5,10 +5,11 @@ Nothing here is learned, and no training ever sees its verdict: it tells alignme
 
 import dataclasses
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .captions import parse
+from .captions import parse, understood
 from .scene import COLOURS, RELATIONS, SHAPES, SIZE, coverage
 
 FOREGROUND_CHROMA = 0.30  # max - min of RGB: painted colours have at least 0.6, backgrounds at most 0.06
@@ -131,3 +132,11 @@ def holds(pictures, prompts):
     return torch.tensor(
         [_holds(objects, p) for objects, p in zip(read(pictures), prompts, strict=True)], dtype=torch.bool
     )
+
+
+def verdicts(images, prompts):
+    """holds() for PIL images -> float64 numpy (N,) of 0 and 1, or None for prompts or sizes of another world."""
+    if not all(map(understood, set(prompts))) or any(image.size != (SIZE, SIZE) for image in images):
+        return None
+    pictures = torch.tensor(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+    return holds(pictures, prompts).double().numpy()
