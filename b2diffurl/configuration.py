@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 def run_main(main, **options):
-    """Parse the command line, check the configuration, call main(config, **options); a UserError is one line, exit 2.
+    """Parse the command line, check the configuration, call main(config, **options); a UserError is one line, exit 1.
 
     options: further string flags of the command with their defaults; a default of None makes the flag required.
     """

@@ -45,7 +45,7 @@ def main(config):
     right = verdicts(images, prompts) if config.evaluate.oracle else None
     if right is not None:
         values["oracle/alignment"] = right.mean()
-    values = {name: round(float(value), 6) for name, value in values.items()}
+    values = {name: v if isinstance(v, int) else round(float(v), 6) for name, v in values.items()}
     values["time_s"] = round(time.perf_counter() - started, 3)
     metrics.record(run.metrics, config, "select", values)
     chosen = set(kept)
