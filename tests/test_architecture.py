@@ -22,6 +22,8 @@ def imports(path):
 def test_library_imports_no_entry_point_and_no_pickle(path):
     found = {name.split(".")[0] for name in imports(path)}
     assert not found & {"run_sample", "run_select", "run_train", "config", "pickle"}
+    called = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+    assert not called & {"torch.load", "torch.save"}
 
 
 @pytest.mark.parametrize("name", MATHEMATICS)
