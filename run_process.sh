@@ -20,19 +20,23 @@ prepare_environment requirements.txt
 
 config=(--config "config/stage_process.py:$PRESET" "$@")
 plan=$("$PYTHON" -m b2diffurl.plan "${config[@]}")
-read -r stages folder <<<"$plan"
-
-for ((stage = 0; stage < stages; stage++)); do
-  if [ -d "$folder/stage$stage/checkpoints" ]; then
-    echo "stage $stage: complete already"
-    continue
-  fi
-  for step in sample select train; do
-    "$PYTHON" "run_$step.py" "${config[@]}" "--config.stage=$stage"
-  done
-done
-
+read -r stages processes folder <<<"$plan"
 last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
-"$PYTHON" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
+
+if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process
+  "$PYTHON" -m b2diffurl.one_process "${config[@]}"
+else
+  for ((stage = 0; stage < stages; stage++)); do
+    if [ -d "$folder/stage$stage/checkpoints" ]; then
+      echo "stage $stage: complete already"
+      continue
+    fi
+    for step in sample select train; do
+      "$PYTHON" "run_$step.py" "${config[@]}" "--config.stage=$stage"
+    done
+  done
+  "$PYTHON" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
+fi
+
 echo "Everything is in $folder: curves.png, before_after.png, metrics.jsonl, the LoRA in ${last#"$folder"/}."
 echo "Next: try your own prompts with --config.prompts.train=FILE --config.exp_name=NAME (see README.md)."

@@ -1,12 +1,13 @@
 """Sample branch groups of one stage: python run_sample.py --config config/stage_process.py:PRESET --config.stage=I."""
 
+from b2diffurl import STARTED
 from b2diffurl.configuration import run_main
 
 
 def main(config):
     from b2diffurl import sample
 
-    sample.main(config)
+    sample.main(config, STARTED)
 
 
 if __name__ == "__main__":

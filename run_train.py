@@ -1,12 +1,13 @@
 """Update the LoRA on a stage's interval: run_train.py --config config/stage_process.py:PRESET --config.stage=I"""
 
+from b2diffurl import STARTED
 from b2diffurl.configuration import run_main
 
 
 def main(config):
     from b2diffurl import train
 
-    train.main(config)
+    train.main(config, STARTED)
 
 
 if __name__ == "__main__":

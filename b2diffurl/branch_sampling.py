@@ -54,12 +54,13 @@ class Sampler:
         log-probability is that of the rounded latent.
         """
         negative = self.negative_embeds.expand(len(latents), -1, -1)
+        noise = noise.to(latents.device)
         path, log_probs = [], []
         for i, step in enumerate(steps):
             timesteps = self.scheduler.timesteps[step].to(latents.device).expand(len(latents))
             predicted = guided_noise(self.unet, latents, timesteps, embeds, negative, self.guidance_scale)
             mean, sigma = transition(self.scheduler, predicted, timesteps, latents, self.eta)
-            latents = (mean + sigma * noise[:, i].to(mean.device)).to(latents.dtype)
+            latents = (mean + sigma * noise[:, i]).to(latents.dtype)
             path.append(latents)
             log_probs.append(gaussian_log_prob(latents, mean, sigma))
         return torch.stack(path, 1), torch.stack(log_probs, 1)

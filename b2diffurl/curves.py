@@ -28,9 +28,11 @@ def draw(run):
     series = [(title, points) for title, points in series if points]
     if not series:
         return
-    figure = Figure(figsize=(11, 2.6 * -(-len(series) // 2)), layout="constrained")
+    rows = -(-len(series) // 2)
+    figure = Figure(figsize=(11, 2.6 * rows))
+    figure.subplots_adjust(0.07, 0.2 / rows, 0.98, 1 - 0.12 / rows, wspace=0.15, hspace=0.6)
     for i, (title, points) in enumerate(series):
-        axes = figure.add_subplot(-(-len(series) // 2), 2, i + 1)
+        axes = figure.add_subplot(rows, 2, i + 1)
         axes.plot(*zip(*points, strict=True), marker=".")
         for stage, length in lengths.items():
             if stage and lengths.get(stage - 1) != length:

@@ -12,11 +12,13 @@ from .configuration import UserError
 
 FREE = (
     "stage",
+    "one_process",
     "log_with",
     "save_path",
     "sample.batch_size",
     "reward.batch_size",
     "train.batch_size",
+    "train.gradient_checkpointing",
     "prompts.test",
     "evaluate.",
 )
@@ -126,7 +128,9 @@ def start_log(run):
     log = logging.getLogger("b2diffurl")
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.handlers.clear()
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+        handler.close()
     stamped = logging.FileHandler(run.log, encoding="utf-8")
     stamped.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(stamped)

@@ -19,6 +19,11 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def set_tf32(config):
+    """Let a GPU's float32 multiplications run in TF32, or not, as config.allow_tf32 says; the CPU has no such thing."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+
+
 def _load(loader, config, subfolder, **options):
     model = config.pretrained.model
     where = {} if pathlib.Path(model).is_dir() else {"revision": config.pretrained.revision}
@@ -31,7 +36,8 @@ def _load(loader, config, subfolder, **options):
 
 def _load_frozen(loader, config, subfolder, dtype=None):
     model = _load(loader, config, subfolder, torch_dtype=dtype or DTYPES[config.mixed_precision])
-    return model.to(device()).requires_grad_(False).eval()
+    # channels_last is the layout that the fast convolutions of CPU and GPU want; it moves no number
+    return model.to(device(), memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
 def load_unet(config):
@@ -73,10 +79,16 @@ def load_scheduler(config):
 
 
 def load_sampler(config, negative_embeds, checkpoint=None):
-    """The denoising policy: the UNet, with a checkpoint folder's LoRA where one is given, and how config runs it."""
+    """The denoising policy: the UNet, with a checkpoint folder's LoRA where one is given, and how config runs it.
+
+    In float32 the LoRA is added into the weights, which saves its passes over the activations. In half precision that
+    would round it to the base's precision, and another policy would sample than the one that is trained.
+    """
     unet = load_unet(config)
     if checkpoint:
         load_lora(unet, checkpoint)
+        if unet.dtype == torch.float32:
+            unet.fuse_lora()
     sample = config.sample
     negative = negative_embeds.to(device())
     return Sampler(unet, load_scheduler(config), negative, sample.guidance_scale, sample.eta, sample.batch_size)
@@ -130,12 +142,29 @@ def load_lora(unet, folder):
     return lora
 
 
+class LoraProjection(torch.nn.Linear):
+    """A LoRA matrix that is float32 and computes in its input's precision, as autocast would.
+
+    PEFT would compute it in float32 and so turn every input and output of a half-precision base into float32 too.
+    """
+
+    def forward(self, x):
+        """x (..., in) -> (..., out) in x's precision; the weight's gradient is float32."""
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+
+
 def _trainable(unet):
-    parameters = {name: p for name, p in unet.named_parameters() if ".lora_" in name}
-    for p in parameters.values():
-        p.data = p.data.float()
-        p.requires_grad_(True)
-    return parameters
+    """{name: parameter} of the LoRA, made float32 and trainable."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in unet.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for matrices in (layer.lora_A, layer.lora_B):
+                for name, matrix in matrices.items():
+                    matrices[name] = LoraProjection(matrix.in_features, matrix.out_features, bias=False, device="meta")
+                    matrices[name].weight = torch.nn.Parameter(matrix.weight.float())
+    return {name: p for name, p in unet.named_parameters() if ".lora_" in name}
 
 
 def save_lora(unet, folder):

@@ -1,17 +1,16 @@
-"""What run_process.sh asks before it starts: checks the configuration and prints "<stage count> <run folder>"."""
-
-import pathlib
+"""What run_process.sh asks before it starts: checks the configuration, prints "<stages> <one|three> <run folder>"."""
 
 from .configuration import run_main
+from .files import Run
 
 
 def main(config):
-    """Print the number of stages and the run's folder."""
+    """Print the number of stages, the processes that run a stage, and the run's folder."""
     if config.reward.name != "clip":  # a user's function: find out now that it is missing, not after a stage of images
         from .rewards import load_reward
 
         load_reward(config, "cpu")
-    print(config.schedule.stage_count, pathlib.Path(config.save_path) / config.exp_name)
+    print(config.schedule.stage_count, "one" if config.one_process else "three", Run(config).folder)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,19 @@ from .configuration import METHODS, UserError, interval_of, read_prompts
 from .noise import draw_prompts, stream_seed
 
 
-def main(config):
-    """Write images/, samples.safetensors and samples.json of config.stage; nothing to do if samples.json is there."""
+def main(config, started=None):
+    """Write images/, samples.safetensors and samples.json of config.stage; nothing to do if samples.json is there.
+
+    started: time.perf_counter() when the step began, now unless given; its times count from there.
+    """
+    started = started or time.perf_counter()
     run = files.Run(config)
     log = files.start_log(run)
     run.pin(config)
     if (run.stage / "samples.json").exists():
         log.info(f"stage {config.stage} sample: complete already ({run.stage / 'samples.json'})")
         return
-    started = time.perf_counter()
+    models.set_tf32(config)
     before = files.require_checkpoint(run.previous) if run.previous else None
     rows = plan(config)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
@@ -54,6 +58,7 @@ def main(config):
         "interval/length": interval[1] - interval[0],
         "sample/images": len(rows),
         "perf/unet_evals": trajectories.unet_evals,
+        "perf/startup_s": round(loaded - started, 3),
         "perf/images_per_s": round(speed, 3),
         "time_s": round(seconds, 3),
     }

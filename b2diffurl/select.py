@@ -14,21 +14,27 @@ from .selection import select_contrasts
 from .shapes.oracle import verdicts
 
 
-def main(config):
-    """Write selected.safetensors and scores.json of config.stage; nothing to do if scores.json is there."""
+def main(config, started=None):
+    """Write selected.safetensors and scores.json of config.stage; nothing to do if scores.json is there.
+
+    started: time.perf_counter() when the step began, now unless given; its times count from there.
+    """
+    started = started or time.perf_counter()
     run = files.Run(config)
     log = files.start_log(run)
     run.pin(config)
     if (run.stage / "scores.json").exists():
         log.info(f"stage {config.stage} select: complete already ({run.stage / 'scores.json'})")
         return
-    started = time.perf_counter()
     rows = files.read_json(run.stage / "samples.json", "run_sample.py")
     past = files.read_json(run.previous / "scores.json", "run_select.py")["history"] if run.previous else []
+    models.set_tf32(config)
     reward = load_reward(config, models.device())
+    loaded = time.perf_counter()
     images = [_open(run.stage / "images" / row["image"]) for row in rows]
     prompts = [row["prompt"] for row in rows]
     raw = score(reward, config, images, prompts)
+    scoring = time.perf_counter() - loaded
     history = RewardHistory.from_state(past, config.select.history)
     normalised = history.normalise(prompts, raw)
     kept = keep(config, normalised)
@@ -46,6 +52,8 @@ def main(config):
     if right is not None:
         values["oracle/alignment"] = right.mean()
     values = {name: v if isinstance(v, int) else round(float(v), 6) for name, v in values.items()}
+    values["perf/startup_s"] = round(loaded - started, 3)
+    values["perf/images_per_s"] = round(len(raw) / scoring, 3)
     values["time_s"] = round(time.perf_counter() - started, 3)
     metrics.record(run.metrics, config, "select", values)
     chosen = set(kept)

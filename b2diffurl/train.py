@@ -14,11 +14,16 @@ from .training import Pairs, split_updates, train_epochs
 NOTHING_SELECTED = {
     "train/updates": 0, "train/loss": 0.0, "train/grad_norm": 0.0, "train/grad_norm_max": 0.0,
     "policy/ratio_first": 1.0, "policy/ratio_first_error": 0.0, "policy/clipfrac": 0.0, "policy/approx_kl": 0.0,
+    "perf/pairs_per_s": 0.0,
 }  # fmt: skip
 
 
-def main(config):
-    """Write checkpoints/checkpoint_0 (before) and checkpoint_1 (after) of config.stage, unless they are there."""
+def main(config, started=None):
+    """Write checkpoints/checkpoint_0 (before) and checkpoint_1 (after) of config.stage, unless they are there.
+
+    started: time.perf_counter() when the step began, now unless given; its times count from there.
+    """
+    started = started or time.perf_counter()
     run = files.Run(config)
     log = files.start_log(run)
     run.pin(config)
@@ -26,19 +31,23 @@ def main(config):
     if target.exists():
         log.info(f"stage {config.stage} train: complete already ({target})")
         return
-    started = time.perf_counter()
     files.read_json(run.stage / "scores.json", "run_select.py")
     selected = files.read_tensors(run.stage / "selected.safetensors", "run_select.py")
     before = files.require_checkpoint(run.previous) if run.previous else None
+    models.set_tf32(config)
     unet, scheduler = models.load_unet(config), models.load_scheduler(config)
     lora = models.load_lora(unet, before) if before else models.add_lora(unet, config)
     optimizer = build_optimizer(config, lora)
     if before:
         load_optimizer(optimizer, lora, before)
+    if config.train.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    loaded = time.perf_counter()
     with files.fresh_folder(target) as folder:
         save_checkpoint(unet, optimizer, lora, folder / "checkpoint_0")
         values = _train(config, run, selected, unet, scheduler, optimizer, lora)
         save_checkpoint(unet, optimizer, lora, folder / "checkpoint_1")
+        values["perf/startup_s"] = round(loaded - started, 3)
         values["time_s"] = round(time.perf_counter() - started, 3)
         metrics.record(run.metrics, config, "train", values)
     metrics.track(config, "train", values, log)
@@ -86,7 +95,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
     except (OSError, SafetensorError) as error:
         path = run.stage / "samples.safetensors"
         raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
-    updates = []
+    began, updates = time.perf_counter(), []
     total = config.train.num_epochs * len(split_updates(torch.arange(count), config.train.trajectories_per_update))
     generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
     with tqdm(total=total, desc=f"stage {config.stage} train", unit="update", leave=False, disable=None) as bar:
@@ -113,6 +122,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
         "policy/ratio_first_error": updates[0]["ratio_error"],
         "policy/clipfrac": mean["clipped"],
         "policy/approx_kl": mean["approx_kl"],
+        "perf/pairs_per_s": round(config.train.num_epochs * pairs.log_probs.numel() / (time.perf_counter() - began), 3),
     }
 
 

@@ -24,6 +24,8 @@ def sdv1_4():
     config.stage = 0  # which stage a script works on; run_process.sh counts it up [run_name, "stage0"]
     config.method = "b2"  # b2 | ddpo_bpt (no branches) | ddpo_bs (constant interval) | ddpo (neither)
     config.mixed_precision = "fp16"  # of the frozen models: fp16 | bf16 | no; LoRA and log-probs are float32
+    config.allow_tf32 = True  # on a GPU, in what computes in float32 (the VAE, the reward): 10 bits of mantissa, faster
+    config.one_process = False  # run_process.sh: True runs all steps in one warm process, False each in its own
     config.log_with = ""  # "wandb" also sends every metrics line there; "" does not
 
     config.pretrained = ml_collections.ConfigDict()
@@ -67,7 +69,8 @@ def sdv1_4():
     config.train.adam_weight_decay = 1e-4  # AdamW's decoupled weight decay
     config.train.adam_epsilon = 1e-8  # AdamW's denominator term
     config.train.max_grad_norm = 1.0  # bound on the gradient's norm, an update
-    config.train.batch_size = 2  # (sample, step) pairs a UNet call; more fills a larger GPU, results stay [one step]
+    config.train.batch_size = 8  # (sample, step) pairs a UNet call; changes speed and memory, not results [one step]
+    config.train.gradient_checkpointing = False  # recompute activations: a fraction of the memory, a third more time
     config.train.trajectories_per_update = 128  # at most, evenly cut: samples, with all their steps, an update [2 x 64]
     config.train.num_epochs = 2  # passes over the selected samples, a stage
     config.train.clip_range = 0.1  # ε of the probability ratio [train.eps]
@@ -87,6 +90,7 @@ def shapes():
     """The embedded world on a laptop: schedule, guidance, branches and thresholds are the paper's, sizes are not."""
     config = sdv1_4().unlock()
     config.exp_name = "shapes_b2"
+    config.one_process = True  # starting Python three times takes as long as a stage here
     config.mixed_precision = "no"  # convolutions this small are slower in bf16 on a CPU
     config.pretrained.model = "model/shapes/pipeline"
     config.prompts.train = "prompts/shapes_attribute_train.json"

@@ -68,6 +68,26 @@ def test_a_part_that_is_missing_is_named(with_scheduler):
         models.load_unet(with_scheduler())
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_sampler_runs_the_trained_lora(tmp_path, precision):
+    """In float32 the LoRA is merged into the weights, which may only round; in half precision it must not be."""
+    config = configure(f"--config.mixed_precision={precision}")
+    trained = models.load_unet(config)
+    for parameter in models.add_lora(trained, config).values():
+        parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    models.save_lora(trained, tmp_path)
+    negative = models.embed_prompts(config, [""])
+    sampler = models.load_sampler(config, negative, tmp_path)
+    x, t = torch.randn(3, 4, 8, 8).to(trained.dtype), torch.tensor([951, 501, 1])
+    with torch.no_grad():
+        base = models.load_unet(config)(x, t, negative.expand(3, -1, -1)).sample
+        wanted = trained(x, t, negative.expand(3, -1, -1)).sample
+        given = sampler.unet(x, t, negative.expand(3, -1, -1)).sample
+    assert (wanted - base).abs().max() > 0.1
+    tolerance = 1e-4 if precision == "no" else 0
+    torch.testing.assert_close(given, wanted, rtol=tolerance, atol=tolerance)
+
+
 def test_decoding_in_parts_is_decoding_at_once(monkeypatch):
     vae = models.load_vae(configure())
     latents = torch.randn(5, 4, 8, 8)

@@ -215,6 +215,18 @@ def test_killed_and_started_again_it_goes_on(finished, tmp_path):
     assert all(torch.equal(again[k], wanted[k]) for k in wanted)
 
 
+def test_three_processes_a_stage_do_what_one_does(finished, tmp_path):
+    done = drive(tmp_path, ".", "--config.one_process=False")
+    assert done.returncode == 0, done.stderr
+    wanted, again = final_lora(finished[0]), final_lora(tmp_path)
+    assert all(torch.equal(again[k], wanted[k]) for k in wanted)
+    assert (tmp_path / "t/eval.json").exists()
+    for record in metrics_of(tmp_path):  # a script's time counts from the start of its process
+        assert 0.5 < record["perf/startup_s"] < record["time_s"]
+    steps = [line.partition(":")[0] for line in finished[1].splitlines() if line.startswith("stage ")]
+    assert [line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("stage ")] == steps
+
+
 def test_nothing_selected_is_a_valid_outcome(tmp_path, capsys):
     nothing = ["--config.select.pos_threshold=99", "--config.select.neg_threshold=-99"]
     run_stage(tmp_path, 0, *nothing)

@@ -70,6 +70,42 @@ def test_gradient_is_that_of_the_one_by_one_loop(scheduler, batch_size):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
+def test_gradient_checkpointing_changes_memory_not_gradients(scheduler):
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        unet, lora = lora_unet()
+        pairs = sampled_pairs(unet, scheduler)
+        for parameter in lora.values():
+            parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            accumulate(unet, scheduler, pairs, torch.arange(5), 8, 5.0, 1.0, 0.1, torch.Generator().manual_seed(0))
+        gradients.append([p.grad for p in lora.values()])
+        kept.append(sum(sizes.values()))
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+    assert kept[1] < kept[0] / 2
+
+
+def test_lora_computes_in_the_precision_of_its_base_with_float32_weights():
+    unet, lora = lora_unet(dtype=torch.bfloat16)
+    seen = set()
+    for module in unet.modules():
+        if isinstance(module, models.LoraProjection):
+            module.register_forward_hook(lambda module, inputs, output: seen.add((inputs[0].dtype, output.dtype)))
+    x, embeds = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 64)
+    guided_noise(unet, x, torch.tensor([501]), embeds, embeds, 5.0).square().sum().backward()
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    assert {p.grad.dtype for p in lora.values()} == {torch.float32}
+
+
 def test_float16_gradients_survive_small_losses(scheduler):
     """Advantages of 1e-3 stand in for SD's 64 times larger latents and 30 times more pairs an update."""
     gradients = {}
