@@ -40,7 +40,7 @@ def main(config, flags, out, quick):
     flags: the command line that config came from, for the scripts whose start is timed. quick: a fifth of the time, and
     without scoring and start-up where the weights are random.
     """
-    models.set_tf32(config)
+    models.prepare(config)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         config.mixed_precision = "bf16"  # CPUs have instructions for that, if for either
         flags = [*flags, "--config.mixed_precision=bf16"]

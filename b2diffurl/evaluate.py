@@ -39,7 +39,7 @@ def main(config, checkpoint, out):
             log.info(table(stored["results"]))
             return
     out.mkdir(parents=True, exist_ok=True)
-    models.set_tf32(config)
+    models.prepare(config)
     reward = load_reward(config, models.device())
     clip = reward if config.reward.name == "clip" else load_clip(config, models.device())
     results, pictures = [], {}

@@ -23,7 +23,7 @@ def main(config, started=None):
     if (run.stage / "samples.json").exists():
         log.info(f"stage {config.stage} sample: complete already ({run.stage / 'samples.json'})")
         return
-    models.set_tf32(config)
+    models.prepare(config)
     before = files.require_checkpoint(run.previous) if run.previous else None
     rows = plan(config)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))

@@ -28,7 +28,7 @@ def main(config, started=None):
         return
     rows = files.read_json(run.stage / "samples.json", "run_sample.py")
     past = files.read_json(run.previous / "scores.json", "run_select.py")["history"] if run.previous else []
-    models.set_tf32(config)
+    models.prepare(config)
     reward = load_reward(config, models.device())
     loaded = time.perf_counter()
     images = [_open(run.stage / "images" / row["image"]) for row in rows]

@@ -34,7 +34,7 @@ def main(config, started=None):
     files.read_json(run.stage / "scores.json", "run_select.py")
     selected = files.read_tensors(run.stage / "selected.safetensors", "run_select.py")
     before = files.require_checkpoint(run.previous) if run.previous else None
-    models.set_tf32(config)
+    models.prepare(config)
     unet, scheduler = models.load_unet(config), models.load_scheduler(config)
     lora = models.load_lora(unet, before) if before else models.add_lora(unet, config)
     optimizer = build_optimizer(config, lora)
