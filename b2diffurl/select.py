@@ -1,5 +1,6 @@
 """Step 2 of a stage: score the pictures, normalise per prompt, keep the contrasts."""
 
+import concurrent.futures
 import time
 
 import numpy as np
@@ -31,7 +32,8 @@ def main(config, started=None):
     models.prepare(config)
     reward = load_reward(config, models.device())
     loaded = time.perf_counter()
-    images = [_open(run.stage / "images" / row["image"]) for row in rows]
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # decoding a large PNG takes longer than scoring it on a GPU
+        images = list(pool.map(_open, [run.stage / "images" / row["image"] for row in rows]))
     prompts = [row["prompt"] for row in rows]
     raw = score(reward, config, images, prompts)
     scoring = time.perf_counter() - loaded
