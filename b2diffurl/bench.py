@@ -158,7 +158,8 @@ def measure_sampling(config, embeds, lora, steps, budget):
 
 
 def measure_training(config, embeds, lora, step, budget):
-    """Forward and backward of (sample, step) pairs, as an update accumulates them -> figures."""
+    """Forward and backward of (sample, step) pairs, as an update of ddpo_is accumulates them -> figures."""
+    config.train.algorithm = "ddpo_is"
     phase = {"unit": "pairs"}
     device = models.device()
     with peak_memory(phase):
@@ -175,11 +176,9 @@ def measure_training(config, embeds, lora, step, budget):
             return Pairs(latents, log_probs, timesteps, advantages, own.expand(n, -1, -1), negative)
 
         def work(pairs):
-            figures = accumulate(
-                unet, scheduler, pairs, torch.arange(len(pairs.log_probs)), len(pairs.log_probs),
-                config.sample.guidance_scale, config.sample.eta, config.train.clip_range,
-                torch.Generator().manual_seed(0), loss_scale(unet, pairs, len(pairs.log_probs)),
-            )  # fmt: skip
+            chosen, generator = torch.arange(len(pairs.log_probs)), torch.Generator().manual_seed(0)
+            scale = loss_scale(unet, pairs, len(chosen), config)
+            figures = accumulate(unet, scheduler, pairs, chosen, config, generator, scale)
             for parameter in parameters:
                 parameter.grad = None
             ratios.append(figures["ratio"])

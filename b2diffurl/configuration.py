@@ -13,6 +13,11 @@ METHODS = {  # method -> (backward progressive training, branches)
     "ddpo_bs": (False, True),
     "ddpo": (False, False),
 }
+CHOICES = {  # of config.train
+    "algorithm": ("ddpo_is", "ddpo_sf", "dpok", "dpo"),
+    "log_prob": ("mean", "sum"),
+    "lr_schedule": ("constant", "linear"),
+}
 PRECISIONS = ("no", "fp16", "bf16")
 
 
@@ -90,7 +95,9 @@ def check(config):
     _require(config.mixed_precision in PRECISIONS, "mixed_precision", config.mixed_precision,
              f"must be one of {', '.join(PRECISIONS)}")  # fmt: skip
     _require(config.log_with in ("", "wandb"), "log_with", config.log_with, 'must be "" or "wandb"')
-    _require(config.train.algorithm == "ddpo_is", "train.algorithm", config.train.algorithm, "must be ddpo_is")
+    for field, words in CHOICES.items():
+        value = config.train[field]
+        _require(value in words, f"train.{field}", value, f"must be one of {', '.join(words)}")
     _check_reward_name(config.reward.name)
     at_least = {
         "schedule.stage_count": 1, "schedule.left": 1, "sample.num_steps": 1, "sample.groups": 1, "sample.branches": 1,
@@ -101,12 +108,14 @@ def check(config):
     for field, low in at_least.items():
         section, name = field.split(".")
         _require(config[section][name] >= low, field, config[section][name], f"must be at least {low}")
-    for field in ("sample.eta", "train.learning_rate", "train.clip_range", "train.max_grad_norm", "train.adv_clip"):
+    for field in ("sample.eta", "train.learning_rate", "train.clip_range", "train.max_grad_norm", "train.adv_clip",
+                  "train.dpo_beta"):  # fmt: skip
         section, name = field.split(".")
         value = config[section][name]
         _require(math.isfinite(value) and value > 0, field, value, "must be a finite number above 0")
     for section, names in {
-        "sample": ("guidance_scale",), "select": ("pos_threshold", "neg_threshold"), "train": ("beta1", "beta2"),
+        "sample": ("guidance_scale",), "select": ("pos_threshold", "neg_threshold"),
+        "train": ("beta1", "beta2", "kl_weight", "target_kl"),
     }.items():  # fmt: skip
         for name in names:
             value = config[section][name]

@@ -1,4 +1,9 @@
-"""The policy loss on denoising steps. One pure function per algorithm; tensors are (B,), one entry a (sample, step)."""
+"""The optimisation algorithms, one pure loss function each; tensors are (B,), one entry a (sample, step).
+
+Log-probabilities come as a mean or as a sum over the latent's dimensions (config.train.log_prob); the functions do not
+care. Each returns losses (B,) and statistics (B,), detached: ratio ρ, clipped (whether the algorithm's clip is passed),
+approx_kl (log ρ)² / 2, and its own.
+"""
 
 import torch
 
@@ -10,18 +15,61 @@ def weigh_advantages(normalised, clip, positive_weight=1.0, negative_weight=1.0)
 
 
 def ddpo_is(log_prob, old_log_prob, advantage, clip_range):
-    """DDPO's importance-sampled, clipped loss (arXiv 2305.13301 eq. 4 with PPO's clip) -> (B,) losses and statistics.
+    """DDPO's importance-sampled, clipped loss (arXiv 2305.13301 eq. 4 with PPO's clip).
 
-    ρ = exp(log_prob - old_log_prob); loss = max(-A ρ, -A clip(ρ, 1-ε, 1+ε)). Log-probabilities are averaged over the
-    latent's dimensions: for SD's 16384 of them ε = 0.1 is a joint ratio of about exp(1638), so the clip hardly ever
-    acts. Statistics, (B,) each, detached: ratio, clipped (whether ρ is outside the range), approx_kl
-    (log_prob - old_log_prob)² / 2.
+    ρ = exp(log_prob - old_log_prob); loss = max(-A ρ, -A clip(ρ, 1-ε, 1+ε)). With log-probabilities averaged over the
+    latent's dimensions, as in the authors' code, ε = 0.1 is a joint ratio of about exp(1638) for SD's 16384 of them, so
+    the clip hardly ever acts; summed ones are another algorithm.
     """
-    log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.exp()
+    ratio = (log_prob - old_log_prob).exp()
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
-    ratio, log_ratio = ratio.detach(), log_ratio.detach()
-    return loss, {
+    return loss, _statistics(log_prob - old_log_prob, clip_range)
+
+
+def ddpo_sf(log_prob, old_log_prob, advantage):
+    """DDPO's score-function loss, REINFORCE (arXiv 2305.13301 eq. 3): -A log p_θ.
+
+    Its gradient is the policy gradient only where the policy is the one that sampled, so it allows one update for a
+    stage's samples; old_log_prob serves the statistics.
+    """
+    return -advantage * log_prob, _statistics(log_prob - old_log_prob)
+
+
+def dpok(log_prob, old_log_prob, advantage, clip_range, kl, kl_weight):
+    """DPOK: policy gradient plus β KL(p_θ || p_pre) at every step (arXiv 2305.16381, its KL-regularised objective).
+
+    Off-policy by the importance ratio, clipped as in ddpo_is. kl: gaussian_kl to the pre-trained model's transition,
+    averaged or summed as the log-probabilities are.
+    Statistics also: kl_pretrained.
+    """
+    loss, statistics = ddpo_is(log_prob, old_log_prob, advantage, clip_range)
+    return loss + kl_weight * kl, {**statistics, "kl_pretrained": kl.detach()}
+
+
+def dpo(winner_log_ratio, loser_log_ratio, beta):
+    """D3PO, direct preference optimisation of one denoising step (arXiv 2311.13231, its loss of a step).
+
+    -log σ(β (log p_θ(w)/p_ref(w) - log p_θ(l)/p_ref(l))): w and l are the same step of a group's best and worst image,
+    the reference is the policy that sampled them. At θ = ref it is log 2. The statistics are means over the two;
+    preferred says how often the winner's ratio is above the loser's.
+    """
+    margin = winner_log_ratio - loser_log_ratio
+    both = [_statistics(ratio) for ratio in (winner_log_ratio, loser_log_ratio)]
+    statistics = {name: (both[0][name] + both[1][name]) / 2 for name in both[0]}
+    return -torch.nn.functional.logsigmoid(beta * margin), {**statistics, "preferred": (margin.detach() > 0).float()}
+
+
+def gaussian_kl(mean, other_mean, sigma):
+    """KL(N(mean, σ²) || N(other_mean, σ²)) = (mean - other_mean)² / 2σ², **averaged** over C, H, W -> (B,).
+
+    means (B, C, H, W), sigma (B, 1, 1, 1). Exact, where differences of sampled log-probabilities are estimates.
+    """
+    return ((mean - other_mean).square() / (2 * sigma**2)).mean(dim=(1, 2, 3))
+
+
+def _statistics(log_ratio, clip_range=float("inf")):
+    ratio, log_ratio = log_ratio.detach().exp(), log_ratio.detach()
+    return {
         "ratio": ratio,
         "clipped": ((ratio - 1).abs() > clip_range).float(),
         "approx_kl": log_ratio.square() / 2,

@@ -73,9 +73,12 @@ def main(config, started=None):
 
 
 def keep(config, normalised):
-    """Image indices to train on: the contrasts of each branch group; without branches, every image."""
+    """Image indices to train on: the contrasts of each branch group; without branches, every image.
+
+    dpo compares two images, so it takes the contrasts of a prompt's independent images where there are no branches.
+    """
     branches = config.sample.branches
-    if not METHODS[config.method][1]:
+    if not METHODS[config.method][1] and config.train.algorithm != "dpo":
         return list(range(len(normalised)))
     pairs = select_contrasts(normalised.reshape(-1, branches), config.select.pos_threshold, config.select.neg_threshold)
     return [group * branches + branch for group, branch in pairs]

@@ -9,7 +9,7 @@ from . import curves, files, metrics, models
 from .configuration import UserError
 from .losses import weigh_advantages
 from .noise import stream_seed
-from .training import Pairs, split_updates, train_epochs
+from .training import Pairs, plan_updates, pretrained_means, train_epochs
 
 NOTHING_SELECTED = {
     "train/updates": 0, "train/loss": 0.0, "train/grad_norm": 0.0, "train/grad_norm_max": 0.0,
@@ -62,9 +62,20 @@ def main(config, started=None):
         log.info(f"stage {config.stage} train: nothing was selected in this stage; the LoRA stays as it is")
 
 
-def load_pairs(config, run, selected, device):
-    """The selected trajectories of a stage; of the stage's file only these rows are read."""
-    index = selected["index"]
+def trained_positions(config, index):
+    """Positions in the selection that are trained on: all; for dpo the winners, then their losers.
+
+    index: (n,) images, by group, best before worst. dpo leaves out groups that kept only one of the two.
+    """
+    if config.train.algorithm != "dpo":
+        return torch.arange(len(index))
+    groups = index // config.sample.branches
+    winners = ((groups[1:] == groups[:-1]) & (index[1:] != index[:-1])).nonzero()[:, 0]
+    return torch.cat([winners, winners + 1])
+
+
+def load_pairs(config, run, index, normalised, device):
+    """The trajectories of the images `index` (n,) with their normalised rewards; only these rows are read."""
     with safe_open(run.stage / "samples.safetensors", framework="pt") as stored:
         latents, log_probs = stored.get_slice("latents"), stored.get_slice("log_probs")
         starts, rows = stored.get_tensor("start_latents"), index.tolist()
@@ -76,7 +87,7 @@ def load_pairs(config, run, selected, device):
             log_probs=torch.cat([log_probs[i : i + 1] for i in rows]).to(device),
             timesteps=stored.get_tensor("timesteps").to(device),
             advantages=weigh_advantages(
-                selected["normalised"].float(), config.train.adv_clip, config.train.beta1, config.train.beta2
+                normalised.float(), config.train.adv_clip, config.train.beta1, config.train.beta2
             ).to(device),
             embeds=stored.get_tensor("prompt_embeds")[stored.get_tensor("prompt_index")[index]].to(device),
             negative_embeds=stored.get_tensor("negative_embeds").to(device),
@@ -87,20 +98,26 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
     """Train on the selection; -> the metrics of the step."""
     from tqdm import tqdm
 
-    count = len(selected["index"])
-    if not count:
+    positions = trained_positions(config, selected["index"])
+    if not len(positions):
         return dict(NOTHING_SELECTED)
+    index, normalised = selected["index"][positions], selected["normalised"][positions]
     try:
-        pairs = load_pairs(config, run, selected, unet.device)
+        pairs = load_pairs(config, run, index, normalised, unet.device)
     except (OSError, SafetensorError) as error:
         path = run.stage / "samples.safetensors"
         raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
-    began, updates = time.perf_counter(), []
-    total = config.train.num_epochs * len(split_updates(torch.arange(count), config.train.trajectories_per_update))
+    began, updates, seen = time.perf_counter(), [], 0
+    if config.train.algorithm == "dpok":
+        pairs.pretrained_means = pretrained_means(unet, scheduler, pairs, config)
+    epochs, samples, per_update = plan_updates(config, len(index))
     generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
+    total = epochs * -(-samples // per_update)
     with tqdm(total=total, desc=f"stage {config.stage} train", unit="update", leave=False, disable=None) as bar:
 
         def on_update(statistics, norm):
+            nonlocal seen
+            seen += len(statistics["loss"])
             updates.append({**{name: value.mean().item() for name, value in statistics.items()}, "grad_norm": norm})
             updates[-1]["ratio_error"] = (statistics["ratio"] - 1).abs().max().item()
             bar.update()
@@ -122,16 +139,18 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
         "policy/ratio_first_error": updates[0]["ratio_error"],
         "policy/clipfrac": mean["clipped"],
         "policy/approx_kl": mean["approx_kl"],
-        "perf/pairs_per_s": round(config.train.num_epochs * pairs.log_probs.numel() / (time.perf_counter() - began), 3),
+        **{f"policy/{name}": mean[name] for name in ("kl_pretrained", "preferred") if name in mean},
+        "perf/pairs_per_s": round(seen / (time.perf_counter() - began), 3),
     }
 
 
 def build_optimizer(config, lora):
-    """AdamW over the LoRA parameters, which are {name: float32 parameter}."""
+    """AdamW over the LoRA parameters, {name: float32 parameter}; a linear learning rate falls stage by stage to 0."""
     train = config.train
+    left = 1 - config.stage / config.schedule.stage_count if train.lr_schedule == "linear" else 1.0
     return torch.optim.AdamW(
         lora.values(),
-        lr=train.learning_rate,
+        lr=train.learning_rate * left,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
         weight_decay=train.adam_weight_decay,

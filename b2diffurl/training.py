@@ -6,12 +6,15 @@ import torch
 
 from .ddim import gaussian_log_prob, transition
 from .guidance import guided_noise
-from .losses import ddpo_is
+from .losses import ddpo_is, ddpo_sf, dpo, dpok, gaussian_kl
 
 
 @dataclasses.dataclass
 class Pairs:
-    """n selected trajectories of s steps, on the training device; a pair is (trajectory, step)."""
+    """n selected trajectories of s steps, on the training device; a pair is (trajectory, step).
+
+    For dpo the first n/2 trajectories are the winners, and trajectory i + n/2 is the loser that i is compared with.
+    """
 
     latents: torch.Tensor  # (n, s + 1, C, H, W): x before the first step, then after each
     log_probs: torch.Tensor  # (n, s) of the policy that sampled
@@ -19,6 +22,7 @@ class Pairs:
     advantages: torch.Tensor  # (n,)
     embeds: torch.Tensor  # (n, L, D)
     negative_embeds: torch.Tensor  # (1, L, D)
+    pretrained_means: torch.Tensor | None = None  # (n, s, C, H, W) of the base model's transitions, for dpok
 
 
 def split_updates(order, trajectories_per_update):
@@ -32,40 +36,85 @@ def split_updates(order, trajectories_per_update):
     return [chunk for chunk in torch.tensor_split(order, count) if len(chunk)] if count else []
 
 
-def pair_loss(unet, scheduler, pairs, rows, steps, guidance_scale, eta, clip_range):
-    """The loss (B,) of the pairs (rows[b], steps[b]) under the current LoRA, and its statistics (B,)."""
-    latents, following = pairs.latents[rows, steps], pairs.latents[rows, steps + 1]
-    timesteps = pairs.timesteps[steps]
+def plan_updates(config, count):
+    """(epochs, samples, samples an update) of a stage with `count` selected trajectories.
+
+    A sample is a trajectory; for dpo it is a winner with its loser, two trajectories. ddpo_sf makes one update in all:
+    after it the samples are no longer the policy's own.
+    """
+    train = config.train
+    if train.algorithm == "ddpo_sf":
+        return 1, count, max(1, count)
+    if train.algorithm == "dpo":
+        return train.num_epochs, count // 2, max(1, train.trajectories_per_update // 2)
+    return train.num_epochs, count, train.trajectories_per_update
+
+
+def step_distribution(unet, scheduler, pairs, rows, steps, config):
+    """Mean (B, C, H, W) and σ (B, 1, 1, 1) of the transitions (rows[b], steps[b]) under the UNet as it is."""
+    latents, timesteps = pairs.latents[rows, steps], pairs.timesteps[steps]
     negative = pairs.negative_embeds.expand(len(rows), -1, -1)
-    predicted = guided_noise(unet, latents, timesteps, pairs.embeds[rows], negative, guidance_scale)
-    mean, sigma = transition(scheduler, predicted, timesteps, latents, eta)
-    log_prob = gaussian_log_prob(following, mean, sigma)
-    return ddpo_is(log_prob, pairs.log_probs[rows, steps], pairs.advantages[rows], clip_range)
+    predicted = guided_noise(unet, latents, timesteps, pairs.embeds[rows], negative, config.sample.guidance_scale)
+    return transition(scheduler, predicted, timesteps, latents, config.sample.eta)
 
 
-def loss_scale(unet, pairs, count):
+@torch.no_grad()
+def pretrained_means(unet, scheduler, pairs, config):
+    """The base model's transition means (n, s, C, H, W) at the pairs' latents: the UNet without its LoRA."""
+    count, length = pairs.log_probs.shape
+    means = torch.empty_like(pairs.latents[:, 1:], dtype=torch.float32)
+    unet.disable_adapters()
+    for part in torch.arange(count * length, device=means.device).split(config.train.batch_size):
+        rows, steps = part // length, part % length
+        means[rows, steps] = step_distribution(unet, scheduler, pairs, rows, steps, config)[0]
+    unet.enable_adapters()
+    return means
+
+
+def pair_loss(unet, scheduler, pairs, rows, steps, config):
+    """The loss (B,) of the pairs (rows[b], steps[b]) under the current LoRA, and its statistics (B,)."""
+    train = config.train
+    if train.algorithm == "dpo":
+        rows, steps = torch.cat([rows, rows + len(pairs.latents) // 2]), torch.cat([steps, steps])
+    following = pairs.latents[rows, steps + 1]
+    mean, sigma = step_distribution(unet, scheduler, pairs, rows, steps, config)
+    dimensions = following[0].numel() if train.log_prob == "sum" else 1
+    log_prob = gaussian_log_prob(following, mean, sigma) * dimensions
+    old, advantages = pairs.log_probs[rows, steps] * dimensions, pairs.advantages[rows]
+    if train.algorithm == "ddpo_is":
+        return ddpo_is(log_prob, old, advantages, train.clip_range)
+    if train.algorithm == "ddpo_sf":
+        return ddpo_sf(log_prob, old, advantages)
+    if train.algorithm == "dpo":
+        return dpo(*(log_prob - old).chunk(2), train.dpo_beta)
+    kl = gaussian_kl(mean, pairs.pretrained_means[rows, steps], sigma) * dimensions
+    return dpok(log_prob, old, advantages, train.clip_range, kl, train.kl_weight)
+
+
+def loss_scale(unet, pairs, count, config):
     """Factor for the backward pass of an update of `count` pairs: 1, or large where the UNet computes in float16.
 
     A pair's log-probability is a mean over C·H·W and the loss one over the pairs: at SD's size their product puts the
     gradient at the UNet's output below float16's smallest number. The factor takes both out, but for headroom.
     """
-    return count * pairs.latents[0, 0].numel() / 8 if unet.dtype == torch.float16 else 1.0
+    dimensions = 1 if config.train.log_prob == "sum" else pairs.latents[0, 0].numel()
+    return count * dimensions / 8 if unet.dtype == torch.float16 else 1.0
 
 
-def accumulate(unet, scheduler, pairs, chosen, batch_size, guidance_scale, eta, clip_range, generator, scale=1.0):
-    """Put the gradient of the mean loss over all steps of the chosen trajectories into the LoRA; -> statistics.
+def accumulate(unet, scheduler, pairs, chosen, config, generator, scale=1.0):
+    """Put the gradient of the mean loss over all steps of the chosen samples into the LoRA; -> statistics.
 
-    The pairs are shuffled over trajectories and steps and cut into UNet batches; each batch's sum is divided by the
-    number of pairs in the whole update, so that the gradient is that of a one-by-one loop, whatever batch_size is.
+    The pairs are shuffled over samples and steps and cut into UNet batches; each batch's sum is divided by the number
+    of pairs in the whole update, so that the gradient is that of a one-by-one loop, whatever config.train.batch_size.
     scale: of the backward pass, taken out of the gradients at its end. Statistics: {name: (pairs,)}.
     """
     length = len(pairs.timesteps)
     order = torch.randperm(len(chosen) * length, generator=generator).to(pairs.latents.device)
     chosen = chosen.to(order.device)
     collected = {}
-    for part in order.split(batch_size):
-        rows, steps = chosen[part // length], part % length
-        loss, statistics = pair_loss(unet, scheduler, pairs, rows, steps, guidance_scale, eta, clip_range)
+    per_call = max(1, config.train.batch_size // (2 if config.train.algorithm == "dpo" else 1))
+    for part in order.split(per_call):
+        loss, statistics = pair_loss(unet, scheduler, pairs, chosen[part // length], part % length, config)
         (loss.sum() * (scale / len(order))).backward()
         for name, value in {"loss": loss.detach(), **statistics}.items():
             collected.setdefault(name, []).append(value)
@@ -76,21 +125,20 @@ def accumulate(unet, scheduler, pairs, chosen, batch_size, guidance_scale, eta, 
 
 
 def train_epochs(unet, scheduler, optimizer, parameters, pairs, config, generator, on_update):
-    """Run config.train.num_epochs over the pairs; on_update(statistics, gradient norm) after every optimiser step.
+    """Run the stage's epochs over the pairs; on_update(statistics, gradient norm) after every optimiser step.
 
     An update that overflows in float16 is repeated at a smaller loss scale. Raises FloatingPointError before any other
-    non-finite gradient reaches the weights.
+    non-finite gradient reaches the weights. Where config.train.target_kl is above 0, the stage ends with the first
+    update whose mean approx_kl passes it.
     """
     headroom = 1.0
-    for _ in range(config.train.num_epochs):
-        order = torch.randperm(len(pairs.advantages), generator=generator)
-        for chosen in split_updates(order, config.train.trajectories_per_update):
+    epochs, samples, per_update = plan_updates(config, len(pairs.advantages))
+    for _ in range(epochs):
+        order = torch.randperm(samples, generator=generator)
+        for chosen in split_updates(order, per_update):
             while True:
-                scale = max(1.0, headroom * loss_scale(unet, pairs, len(chosen) * len(pairs.timesteps)))
-                statistics = accumulate(
-                    unet, scheduler, pairs, chosen, config.train.batch_size,
-                    config.sample.guidance_scale, config.sample.eta, config.train.clip_range, generator, scale,
-                )  # fmt: skip
+                scale = max(1.0, headroom * loss_scale(unet, pairs, len(chosen) * len(pairs.timesteps), config))
+                statistics = accumulate(unet, scheduler, pairs, chosen, config, generator, scale)
                 norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
                 if torch.isfinite(norm):
                     break
@@ -101,3 +149,5 @@ def train_epochs(unet, scheduler, optimizer, parameters, pairs, config, generato
             optimizer.step()
             optimizer.zero_grad()
             on_update(statistics, norm.item())
+            if 0 < config.train.target_kl < statistics["approx_kl"].mean():
+                return

@@ -62,8 +62,13 @@ def sdv1_4():
     config.select.neg_threshold = -0.5  # normalised reward below which a group's worst is kept [eval.neg_threshold]
 
     config.train = ml_collections.ConfigDict()
-    config.train.algorithm = "ddpo_is"  # the loss: clipped importance sampling
+    config.train.algorithm = "ddpo_is"  # the loss, see losses.py: ddpo_is (the paper's) | ddpo_sf | dpok | dpo
+    config.train.log_prob = "mean"  # over the latent's dimensions: mean (DDPO's code) | sum (the joint density)
+    config.train.kl_weight = 0.01  # of dpok's KL to the pre-trained model, nats (a dimension where log_prob is mean)
+    config.train.dpo_beta = 10.0  # of dpo, by how much a log-ratio counts (per dimension where log_prob is mean)
+    config.train.target_kl = 0.0  # end a stage's updates once approx_kl passes it; 0: never
     config.train.learning_rate = 1e-4  # of AdamW
+    config.train.lr_schedule = "constant"  # constant | linear (to 0 over the run's stages)
     config.train.adam_beta1 = 0.9  # AdamW's first moment decay
     config.train.adam_beta2 = 0.999  # AdamW's second moment decay
     config.train.adam_weight_decay = 1e-4  # AdamW's decoupled weight decay

@@ -27,9 +27,10 @@ def test_paper_run_number_for_number(paper):
     assert (paper.reward.model, paper.reward.weights) == ("ViT-H-14", "laion2b_s32b_b79k")
     assert dict(paper.select) == {"history": 8, "pos_threshold": 0.5, "neg_threshold": -0.5}
     train = dict(paper.train)
-    assert train.pop("batch_size") > 0  # speed only
+    for name in ("batch_size", "gradient_checkpointing", "kl_weight", "dpo_beta"):
+        train.pop(name)  # of speed, and of other algorithms
     assert train == {
-        "algorithm": "ddpo_is", "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.999,
+        "algorithm": "ddpo_is", "log_prob": "mean", "lr_schedule": "constant", "target_kl": 0.0, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.999,
         "adam_weight_decay": 1e-4, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "trajectories_per_update": 128,
         "num_epochs": 2, "clip_range": 0.1, "adv_clip": 5.0, "beta1": 1.0, "beta2": 1.0, "lora_rank": 4,
     }  # fmt: skip
@@ -63,6 +64,10 @@ BAD = {
     "--config.method=ppo": "config.method='ppo'",
     "--config.mixed_precision=fp8": "config.mixed_precision='fp8'",
     "--config.train.algorithm=sft": "config.train.algorithm='sft'",
+    "--config.train.log_prob=median": "config.train.log_prob='median'",
+    "--config.train.lr_schedule=cosine": "config.train.lr_schedule='cosine'",
+    "--config.train.dpo_beta=0": "config.train.dpo_beta=0",
+    "--config.train.target_kl=nan": "config.train.target_kl=nan",
     "--config.reward.name=beauty": "config.reward.name='beauty'",
     "--config.log_with=tensorboard": "config.log_with='tensorboard'",
     "--config.train.learning_rate=0": "config.train.learning_rate=0",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from b2diffurl.losses import ddpo_is, weigh_advantages
+from b2diffurl.losses import ddpo_is, ddpo_sf, dpo, dpok, gaussian_kl, weigh_advantages
 
 
 def test_ddpo_is_in_float64():
@@ -42,3 +42,54 @@ def test_clip_stops_only_steps_away_from_the_old_policy(log_ratio, advantage, mo
 def test_advantages_are_clamped_and_weighted_by_sign():
     weighed = weigh_advantages(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]), 5.0, 2.0, 0.5)
     assert weighed.tolist() == [-2.5, -0.5, 0.0, 2.0, 10.0]
+
+
+def test_ddpo_sf_in_float64():
+    rng = np.random.default_rng(1)
+    new, old, advantage = rng.normal(-1, 0.2, 100), rng.normal(-1, 0.2, 100), rng.normal(size=100)
+    log_prob = torch.tensor(new, requires_grad=True)
+    loss, statistics = ddpo_sf(log_prob, torch.tensor(old), torch.tensor(advantage))
+    np.testing.assert_allclose(loss.detach(), -advantage * new, rtol=1e-12)
+    np.testing.assert_allclose(statistics["ratio"], np.exp(new - old), rtol=1e-12)
+    assert not statistics["clipped"].any()  # it has no clip
+    (gradient,) = torch.autograd.grad(loss.sum(), log_prob)
+    np.testing.assert_allclose(gradient, -advantage)
+
+
+def test_dpok_is_ddpo_is_plus_the_kl():
+    rng = np.random.default_rng(2)
+    new, old, advantage, kl = (torch.tensor(rng.normal(size=100)) for _ in range(4))
+    base, _ = ddpo_is(new, old, advantage, 0.2)
+    loss, statistics = dpok(new, old, advantage, 0.2, kl.abs(), 0.3)
+    np.testing.assert_allclose(loss, base + 0.3 * kl.abs(), rtol=1e-12)
+    np.testing.assert_array_equal(statistics["kl_pretrained"], kl.abs())
+    at_one, _ = dpok(old, old, advantage, 0.2, torch.zeros(100), 0.3)
+    np.testing.assert_allclose(at_one, -advantage)
+
+
+def test_dpo_in_float64_and_its_direction():
+    rng = np.random.default_rng(3)
+    winner = torch.tensor(rng.normal(size=100), requires_grad=True)
+    loser = torch.tensor(rng.normal(size=100), requires_grad=True)
+    loss, statistics = dpo(winner, loser, 2.0)
+    margin = 2 * (winner - loser).detach().numpy()
+    np.testing.assert_allclose(loss.detach(), np.log1p(np.exp(-margin)), rtol=1e-10)
+    np.testing.assert_array_equal(statistics["preferred"], margin > 0)
+    np.testing.assert_allclose(statistics["approx_kl"], (winner**2 + loser**2).detach() / 4)
+    up, down = torch.autograd.grad(loss.sum(), [winner, loser])
+    np.testing.assert_allclose(up, -2 / (1 + np.exp(margin)), rtol=1e-10)  # descent raises the winner ...
+    np.testing.assert_allclose(down, -up)  # ... and lowers the loser as much
+    start, _ = dpo(torch.zeros(1), torch.zeros(1), 2.0)
+    assert start.item() == pytest.approx(np.log(2))
+
+
+def test_gaussian_kl_is_torchs_and_its_monte_carlo_estimate():
+    generator = torch.Generator().manual_seed(0)
+    mean, other = torch.randn(2, 3, 4, 2, 2, generator=generator, dtype=torch.float64)
+    sigma = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).view(-1, 1, 1, 1)
+    p, q = (torch.distributions.Normal(m, sigma.expand_as(m)) for m in (mean, other))
+    wanted = torch.distributions.kl_divergence(p, q).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(gaussian_kl(mean, other, sigma), wanted)
+    samples = mean + sigma * torch.randn(20000, *mean.shape, generator=generator, dtype=torch.float64)
+    estimate = (p.log_prob(samples) - q.log_prob(samples)).mean(0).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(estimate, wanted, rtol=0.02, atol=0.01)

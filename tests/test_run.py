@@ -264,6 +264,25 @@ def test_other_methods_run(tmp_path, method):
         assert len(load_file(tmp_path / "t/stage0/selected.safetensors")["index"]) == 9
 
 
+@pytest.mark.parametrize("algorithm", ["ddpo_sf", "dpok", "dpo"])
+@pytest.mark.parametrize("method", ["b2", "ddpo"])
+def test_other_algorithms_run(tmp_path, algorithm, method):
+    """Each with branches and a growing interval and without either, two stages, by configuration alone."""
+    more = [f"--config.train.algorithm={algorithm}", f"--config.method={method}", "--config.train.lr_schedule=linear"]
+    if algorithm == "dpo":  # a pair from every group of this small stage
+        more += ["--config.select.pos_threshold=-9", "--config.select.neg_threshold=9"]
+    for stage in (0, 1):
+        run_stage(tmp_path, stage, *more)
+    assert any(value.any() for name, value in final_lora(tmp_path).items() if "lora_B" in name or "lora.up" in name)
+    kept = {r["stage"]: r["select/kept"] for r in metrics_of(tmp_path) if r["step"] == "select"}
+    for record in [r for r in metrics_of(tmp_path) if r["step"] == "train"]:
+        assert record["policy/ratio_first"] == pytest.approx(1, abs=1e-3)
+        updates = {"ddpo_sf": 1, "dpok": 2 * -(-kept[record["stage"]] // 2), "dpo": 2 * 3}
+        assert record["train/updates"] == updates[algorithm]
+        assert ("policy/kl_pretrained" in record) == (algorithm == "dpok")
+        assert ("policy/preferred" in record) == (algorithm == "dpo")
+
+
 def test_half_precision_runs_on_the_cpu(tmp_path):
     for stage in (0, 1):
         run_stage(tmp_path, stage, "--config.mixed_precision=bf16")
