@@ -14,7 +14,7 @@ from .training import Pairs, plan_updates, pretrained_means, train_epochs
 NOTHING_SELECTED = {
     "train/updates": 0, "train/loss": 0.0, "train/grad_norm": 0.0, "train/grad_norm_max": 0.0,
     "policy/ratio_first": 1.0, "policy/ratio_first_error": 0.0, "policy/clipfrac": 0.0, "policy/approx_kl": 0.0,
-    "perf/pairs_per_s": 0.0,
+    "perf/unet_evals": 0, "perf/pairs_per_s": 0.0,
 }  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
 
         def on_update(statistics, norm):
             nonlocal seen
-            seen += len(statistics["loss"])
+            seen += len(statistics["loss"]) * (2 if config.train.algorithm == "dpo" else 1)
             updates.append({**{name: value.mean().item() for name, value in statistics.items()}, "grad_norm": norm})
             updates[-1]["ratio_error"] = (statistics["ratio"] - 1).abs().max().item()
             bar.update()
@@ -140,6 +140,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
         "policy/clipfrac": mean["clipped"],
         "policy/approx_kl": mean["approx_kl"],
         **{f"policy/{name}": mean[name] for name in ("kl_pretrained", "preferred") if name in mean},
+        "perf/unet_evals": 2 * (seen + (pairs.log_probs.numel() if config.train.algorithm == "dpok" else 0)),
         "perf/pairs_per_s": round(seen / (time.perf_counter() - began), 3),
     }
 

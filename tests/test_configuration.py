@@ -30,9 +30,10 @@ def test_paper_run_number_for_number(paper):
     for name in ("batch_size", "gradient_checkpointing", "kl_weight", "dpo_beta"):
         train.pop(name)  # of speed, and of other algorithms
     assert train == {
-        "algorithm": "ddpo_is", "log_prob": "mean", "lr_schedule": "constant", "target_kl": 0.0, "learning_rate": 1e-4, "adam_beta1": 0.9, "adam_beta2": 0.999,
-        "adam_weight_decay": 1e-4, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "trajectories_per_update": 128,
-        "num_epochs": 2, "clip_range": 0.1, "adv_clip": 5.0, "beta1": 1.0, "beta2": 1.0, "lora_rank": 4,
+        "algorithm": "ddpo_is", "log_prob": "mean", "target_kl": 0.0, "learning_rate": 1e-4, "lr_schedule": "constant",
+        "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-4, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
+        "trajectories_per_update": 128, "num_epochs": 2, "clip_range": 0.1, "adv_clip": 5.0, "beta1": 1.0, "beta2": 1.0,
+        "lora_rank": 4,
     }  # fmt: skip
 
 

@@ -1,0 +1,159 @@
+"""The paper's claims, in miniature: methods x algorithms x seeds on `shapes`, at an equal budget of reward queries.
+
+`python -m b2diffurl.study [--quick] [--out DIR]` writes results.csv, table.md and curves.png into DIR. The same command
+goes on where it was stopped.
+"""
+
+import argparse
+import concurrent.futures
+import gc
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+import threading
+import time
+
+from . import evaluate, files, metrics, models, sample, select, study_report, train
+from .configuration import UserError, parse, read_prompts
+from .rewards import load_reward
+from .shapes.variety import open_entropy
+
+METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
+SETTINGS = {  # of the shapes preset, by algorithm
+    "ddpo_is": {},
+    "ddpo_sf": {},
+    "dpok": {},
+    "dpo": {"train.learning_rate": 3e-4},
+}
+QUICK = {"schedule.stage_count": 4, "sample.groups": 12}
+
+
+def matrix(quick):
+    """The runs, [(algorithm, method, seed)]: five seeds for DDPO's four methods, three for two of each other's."""
+    seeds = range(101, 103) if quick else range(101, 106)
+    runs = [("ddpo_is", method, seed) for seed in seeds for method in METHODS]
+    others = [name for name in SETTINGS if name != "ddpo_is"]
+    if quick:
+        return runs + [(name, "b2", seeds[0]) for name in others]
+    return runs + [(name, method, seed) for seed in seeds[:3] for name in others for method in ("ddpo", "b2")]
+
+
+def configure(algorithm, method, seed, out, quick):
+    """The shapes preset with a run's settings, all of them; the rest of the matrix differs from it in these alone."""
+    settings = {
+        "exp_name": f"{algorithm}_{method}_seed{seed}", "save_path": str(out / "runs"), "method": method, "seed": seed,
+        "train.algorithm": algorithm, **SETTINGS[algorithm], **(QUICK if quick else {}),
+        "evaluate.images_per_prompt": 4 if quick else 8,
+    }  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    return parse(["study", "--config", "config/stage_process.py:shapes", *flags])[0]
+
+
+def evaluated(stage, stage_count):
+    """Whether a stage's result is evaluated: every third, and the last."""
+    return stage % 3 == 2 or stage == stage_count - 1
+
+
+def measure(config, checkpoint):
+    """Train and held-out figures of a checkpoint (None: the base model) on the fixed evaluation noise."""
+    lists = {"train": read_prompts(config.prompts.train), "test": read_prompts(config.prompts.test)}
+    images = evaluate.generate(config, lists, checkpoint, config.exp_name)
+    reward, values = load_reward(config, models.device()), {}
+    for name, prompts in lists.items():
+        found = evaluate.measure(config, reward, reward, prompts, images[name])
+        for key in ("reward", "oracle", "diversity"):
+            values[f"{key}_{name}"] = found[key]
+        values[f"entropy_{name}"] = open_entropy(images[name], config.evaluate.images_per_prompt)
+    return values
+
+
+def run(algorithm, method, seed, out, quick):
+    """One run of the matrix, or what is left of it; -> its rows, one a stage."""
+    config = configure(algorithm, method, seed, out, quick)
+    stages, rows = config.schedule.stage_count, []
+    for config.stage in range(stages):
+        place = files.Run(config)
+        if not (place.stage / "checkpoints").is_dir():
+            for step in (sample, select, train):
+                step.main(config)
+                gc.collect()
+        row = {"algorithm": algorithm, "method": method, "seed": seed, "stage": config.stage, **spent(place, config)}
+        if evaluated(config.stage, stages):
+            stored = place.stage / "evaluation.json"
+            if not stored.exists():
+                files.write_json(stored, measure(config, files.checkpoint(place.stage)))
+            row |= files.read_json(stored, "the study")
+        rows.append(row)
+        for heavy in ("images", "samples.safetensors", "checkpoints/checkpoint_0"):  # a study makes a hundred GB else
+            path = place.stage / heavy
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return rows
+
+
+def spent(place, config):
+    """What a run has spent up to and with a stage, and the stage's own reward, from metrics.jsonl."""
+    lines = [line for line in metrics.read(place.metrics) if line["stage"] <= config.stage]
+    own = next(line for line in lines if line["stage"] == config.stage and line["step"] == "select")
+    return {
+        "queries": own["reward/queries"],
+        "unet_evals": sum(line.get("perf/unet_evals", 0) for line in lines),
+        "seconds": round(sum(line["time_s"] for line in lines), 1),
+        "reward_samples": own["reward/mean"],
+        "oracle_samples": own["oracle/alignment"],
+    }
+
+
+def start_worker():
+    """A worker's output is its runs' log files; it ends with the process that started it, however that ended."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+
+
+def _follow(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main(out, quick):
+    """Run the matrix, one warm process a core, and write the report after every run that ends."""
+    import torch
+
+    runs, rows, began = matrix(quick), [], time.perf_counter()
+    config = configure(*runs[0], out, quick)
+    base = out / "base.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if not base.exists():
+        print("evaluating the base model ...", flush=True)
+        files.write_json(base, measure(config, None))
+    workers = 1 if torch.cuda.is_available() else os.cpu_count()
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers, which start after this
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, start_worker) as pool:
+        futures = {pool.submit(run, *job, out, quick): job for job in runs}
+        for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            algorithm, method, seed = futures[future]
+            rows += future.result()
+            last = rows[-1]
+            print(
+                f"{number}/{len(runs)} {algorithm} {method} seed {seed}: oracle {last['oracle_train']:.3f} train, "
+                f"{last['oracle_test']:.3f} held-out; {(time.perf_counter() - began) / 60:.1f} min",
+                flush=True,
+            )
+            study_report.write(out, rows, files.read_json(base, "the study"))
+    print((out / "table.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m b2diffurl.study", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="model/study", type=pathlib.Path, help="folder of the results and the runs")
+    parser.add_argument("--quick", action="store_true", help="a small matrix of short runs: minutes, no evidence")
+    given = parser.parse_args()
+    try:
+        main(given.out / ("quick" if given.quick else "full"), given.quick)
+    except UserError as error:
+        sys.exit(f"study.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")

@@ -1,0 +1,106 @@
+"""A study's results.csv, table.md and curves.png from its rows."""
+
+import csv
+import os
+
+import numpy as np
+
+FIGURES = {
+    "oracle_train": "oracle, train",
+    "oracle_test": "oracle, held-out",
+    "reward_train": "reward, train",
+    "reward_test": "reward, held-out",
+    "diversity_train": "CLIP diversity, train",
+    "entropy_train": "open entropy (bits), train",
+}
+ORDER = ("ddpo_is", "ddpo_sf", "dpok", "dpo", "ddpo", "ddpo_bpt", "ddpo_bs", "b2")
+COLUMNS = (
+    "algorithm", "method", "seed", "stage", "queries", "unet_evals", "seconds", "reward_samples", "oracle_samples",
+    "reward_train", "reward_test", "oracle_train", "oracle_test", "diversity_train", "diversity_test",
+    "entropy_train", "entropy_test",
+)  # fmt: skip
+
+
+def write(out, rows, base):
+    """Write the three files, each whole; rows: dicts of COLUMNS, base: the base model's figures."""
+    rows = sorted(rows, key=lambda r: (r["algorithm"], r["method"], r["seed"], r["stage"]))
+    aside = out / "results.csv.tmp"
+    with aside.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS)
+        writer.writeheader()
+        writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    os.replace(aside, out / "results.csv")
+    (out / "table.md").write_text(table(rows, base), encoding="utf-8")
+    draw(out, rows, base)
+
+
+def interval(values, resamples=10_000):
+    """Mean over seeds and its 95 % bootstrap interval: (mean, low, high); a single seed has no interval (nan)."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return values.mean(), np.nan, np.nan
+    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    return values.mean(), *np.quantile(values[draws].mean(1), [0.025, 0.975])
+
+
+def final_rows(rows):
+    """{(algorithm, method): {seed: the row of the run's last stage}} in the order of the table."""
+    groups = {}
+    for row in sorted(
+        rows, key=lambda r: (ORDER.index(r["algorithm"]), ORDER.index(r["method"]), r["seed"], r["stage"])
+    ):
+        groups.setdefault((row["algorithm"], row["method"]), {})[row["seed"]] = row
+    return groups
+
+
+def table(rows, base):
+    """Markdown: the end of every row of the matrix, mean and interval over seeds, and B² minus DDPO by seed."""
+    lines = [
+        f"| algorithm | method | seeds | queries | {' | '.join(FIGURES.values())} |",
+        "| --- " * (4 + len(FIGURES)) + "|",
+        f"| none | base model | - | 0 | {' | '.join(f'{base[key]:.3f}' for key in FIGURES)} |",
+    ]
+    groups = final_rows(rows)
+    for (algorithm, method), runs in groups.items():
+        cells = [_cell([row[key] for row in runs.values()]) for key in FIGURES]
+        queries = max(row["queries"] for row in runs.values())
+        lines.append(f"| {algorithm} | {method} | {len(runs)} | {queries} | {' | '.join(cells)} |")
+    for algorithm in dict.fromkeys(algorithm for algorithm, _ in groups):
+        ours, plain = groups.get((algorithm, "b2"), {}), groups.get((algorithm, "ddpo"), {})
+        if shared := sorted(set(ours) & set(plain)):
+            cells = [_cell([ours[seed][key] - plain[seed][key] for seed in shared], "+.3f") for key in FIGURES]
+            lines.append(f"| {algorithm} | b2 - ddpo, by seed | {len(shared)} | | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values, form=".3f"):
+    mean, low, high = interval(values)
+    return f"{mean:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
+
+
+def draw(out, rows, base):
+    """curves.png: figures against reward queries, mean and 95 % interval over seeds; a row of panels an algorithm."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = ("oracle_train", "oracle_test", "reward_train", "diversity_train")
+    algorithms = list(dict.fromkeys(algorithm for algorithm, _ in final_rows(rows)))
+    figure = Figure(figsize=(16, 3.4 * len(algorithms)), layout="constrained")
+    axes = figure.subplots(len(algorithms), len(shown), squeeze=False)
+    for panels, algorithm in zip(axes, algorithms, strict=True):
+        for method in [m for a, m in final_rows(rows) if a == algorithm]:
+            points = {}
+            for row in rows:
+                if (row["algorithm"], row["method"]) == (algorithm, method) and "oracle_train" in row:
+                    points.setdefault(row["queries"], []).append(row)
+            for panel, key in zip(panels, shown, strict=True):
+                x = [0, *sorted(points)]
+                bands = [(base[key],) * 3, *(interval([row[key] for row in points[q]]) for q in x[1:])]
+                mean, low, high = np.array(bands).T
+                panel.plot(x, mean, marker=".", label=method)
+                panel.fill_between(x, low, high, alpha=0.2)  # nothing where a single seed has no interval
+                panel.set(title=f"{algorithm}: {FIGURES[key]}", xlabel="reward queries")
+        panels[0].legend()
+    aside = out / "curves.tmp.png"
+    FigureCanvasAgg(figure).print_png(aside)
+    os.replace(aside, out / "curves.png")

@@ -1,0 +1,92 @@
+"""The study's matrix, its measures of variety, its report, and that it goes on where it was stopped."""
+
+import csv
+import itertools
+import math
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from b2diffurl import study, study_report
+from b2diffurl.shapes.scene import render, sample_scenes
+from b2diffurl.shapes.variety import open_entropy
+
+
+def drawn(count, seed=0):
+    pictures = render(sample_scenes("attribute", count, np.random.default_rng(seed)))
+    return [Image.fromarray(p) for p in (pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy()]
+
+
+def test_matrix_has_the_seeds_that_the_evidence_needs():
+    runs = study.matrix(quick=False)
+    assert len(runs) == len(set(runs)) == 4 * 5 + 3 * 2 * 3
+    for method in study.METHODS:
+        assert len({seed for a, m, seed in runs if (a, m) == ("ddpo_is", method)}) == 5
+    for algorithm in ("ddpo_sf", "dpok", "dpo"):
+        for method in ("ddpo", "b2"):
+            assert len({seed for a, m, seed in runs if (a, m) == (algorithm, method)}) == 3
+
+
+def test_runs_of_an_algorithm_differ_in_method_and_seed_alone(tmp_path):
+    one = study.configure("ddpo_is", "b2", 101, tmp_path, quick=False)
+    other = study.configure("ddpo_is", "ddpo", 102, tmp_path, quick=False)
+    flat = [{**c.to_dict(), "exp_name": "", "method": "", "seed": 0} for c in (one, other)]
+    assert flat[0] == flat[1]
+    assert one.sample.groups * one.sample.branches == 240  # the budget of a stage, whatever the method
+
+
+def test_entropy_is_nought_for_one_picture_and_nearly_all_of_it_for_random_scenes():
+    scenes = drawn(600)
+    assert open_entropy([scenes[0]] * 50, 50) == 0
+    assert 0.85 * 4 * math.log2(3) < open_entropy(scenes, 600) <= 4 * math.log2(3)
+    assert open_entropy([Image.new("RGB", (32, 32), "grey")] * 4, 4) == 0
+    two_prompts = open_entropy([scenes[0]] * 20 + scenes[:20], 20)
+    assert two_prompts == pytest.approx(open_entropy(scenes[:20], 20) / 2)
+
+
+def test_interval_over_seeds():
+    mean, low, high = study_report.interval([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert mean == pytest.approx(0.3)
+    assert (low, high) == (pytest.approx(0.18, abs=0.021), pytest.approx(0.42, abs=0.021))
+    mean, low, high = study_report.interval([0.7])
+    assert mean == 0.7
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        study, "QUICK",
+        {
+            "schedule.stage_count": 4, "schedule.left": 2, "schedule.right": 3, "sample.num_steps": 4,
+            "sample.groups": 4, "train.trajectories_per_update": 4,
+        },
+    )  # fmt: skip
+    return tmp_path
+
+
+def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small):
+    rows = study.run("ddpo_is", "b2", 101, small, True)
+    assert [row["stage"] for row in rows] == [0, 1, 2, 3]
+    assert [row["queries"] for row in rows] == [20, 40, 60, 80]
+    assert ["oracle_train" in row for row in rows] == [False, False, True, True]
+    assert all(a["unet_evals"] < b["unet_evals"] for a, b in itertools.pairwise(rows))
+    folder = small / "runs/ddpo_is_b2_seed101"
+    assert not list(folder.glob("stage*/images"))
+    shutil.rmtree(folder / "stage3")
+    again = study.run("ddpo_is", "b2", 101, small, True)
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
+    base = study.measure(study.configure("ddpo_is", "b2", 101, small, True), None)
+    other = [{**row, "method": "ddpo"} for row in rows]
+    other[-1]["oracle_train"] = 0.25
+    study_report.write(small, rows + other, base)
+    stored = list(csv.DictReader((small / "results.csv").open(encoding="utf-8")))
+    assert [(r["method"], r["stage"]) for r in stored] == [(m, str(s)) for m in ("b2", "ddpo") for s in range(4)]
+    assert float(stored[3]["oracle_train"]) == pytest.approx(rows[-1]["oracle_train"], abs=1e-6)
+    text = (small / "table.md").read_text()
+    assert f"| ddpo_is | b2 | 1 | 80 | {rows[-1]['oracle_train']:.3f} |" in text
+    assert f"| ddpo_is | b2 - ddpo, by seed | 1 | | {rows[-1]['oracle_train'] - 0.25:+.3f} |" in text
+    assert (small / "curves.png").stat().st_size > 10_000
