@@ -1,0 +1,101 @@
+"""When in the denoising is the outcome decided? Reward variance within and between branch groups, by split step.
+
+`python -m b2diffurl.when_decided --config config/stage_process.py:shapes --out DIR [--checkpoint DIR]` writes
+when_decided.json and when_decided.png into DIR.
+"""
+
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from . import files, models
+from .configuration import read_prompts, run_main
+from .noise import draw_prompts, stream_seed
+from .rewards import load_reward, score
+from .shapes.oracle import verdicts
+
+GUIDANCE = (2.0, 5.0)
+
+
+def main(config, out, checkpoint):
+    """Branch config.sample.groups groups at every second step, at two guidance scales, by the base model or a LoRA."""
+    models.prepare(config)
+    out = pathlib.Path(out)
+    prompts = read_prompts(config.prompts.train)
+    chosen = draw_prompts(config.evaluate.seed, "splits", len(prompts), config.sample.groups)
+    embeds = models.embed_prompts(config, [*prompts, ""])
+    vae, reward, rows = models.load_vae(config), load_reward(config, models.device()), []
+    for config.sample.guidance_scale in GUIDANCE:
+        sampler = models.load_sampler(config, embeds[-1:], checkpoint or None)
+        for left in range(config.sample.num_steps, 0, -2):
+            images = branch(config, sampler, vae, embeds[chosen].to(models.device()), left)
+            own = [prompts[index] for index in chosen for _ in range(config.sample.branches)]
+            rows.append({"guidance": config.sample.guidance_scale, "steps_left": left})
+            rows[-1]["reward"] = split_variance(
+                score(reward, config, images, own).reshape(config.sample.groups, -1), own
+            )
+            right = verdicts(images, own) if config.evaluate.oracle else None
+            if right is not None:
+                rows[-1]["oracle"] = split_variance(right.reshape(config.sample.groups, -1), own)
+            print(rows[-1], flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(
+        out / "when_decided.json", {"groups": config.sample.groups, "checkpoint": checkpoint, "rows": rows}
+    )
+    draw(rows, out / "when_decided.png")
+
+
+def branch(config, sampler, vae, embeds, left):
+    """PIL images of groups that branch with `left` steps to go; the noise is the evaluation's, never training's."""
+    seed, groups = config.evaluate.seed, range(len(embeds))
+    roots = [stream_seed(seed, "splits", group, "prefix") for group in groups]
+    branches = [stream_seed(seed, "splits", group, k) for group in groups for k in range(config.sample.branches)]
+    images = []
+
+    def on_batch(first, latents):
+        images.extend(Image.fromarray(picture.numpy()) for picture in models.decode(vae, latents))
+
+    steps = config.sample.num_steps
+    sampler.sample(embeds, roots, branches, (steps - left, steps), on_batch)
+    return images
+
+
+def split_variance(values, prompts):
+    """Variance of values (G, K) within groups, between groups of one prompt, and between prompts; they add up.
+
+    prompts: G·K strings. Population variances, so that within + between_groups + between_prompts is that of all values.
+    """
+    groups = values.mean(1)
+    own = np.array(prompts[:: values.shape[1]])
+    of_prompt = np.array([groups[own == prompt].mean() for prompt in own])
+    return {
+        "within": float(values.var(axis=1).mean()),
+        "between_groups": float(((groups - of_prompt) ** 2).mean()),
+        "between_prompts": float(((of_prompt - values.mean()) ** 2).mean()),
+    }
+
+
+def draw(rows, path):
+    """The share of a prompt's reward variance that is still open when the groups branch, by steps left."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    kinds = [kind for kind in ("reward", "oracle") if kind in rows[0]]
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for guidance in sorted({row["guidance"] for row in rows}):
+            own = [row for row in rows if row["guidance"] == guidance]
+            open_share = [r[kind]["within"] / max(1e-12, r[kind]["within"] + r[kind]["between_groups"]) for r in own]
+            axes.plot([row["steps_left"] for row in own], open_share, marker=".", label=f"guidance {guidance:g}")
+        axes.set(title=f"{kind}: variance within groups / of one prompt", xlabel="steps left when the group branches")
+        axes.set_ylim(0, 1)
+        axes.legend()
+    aside = path.with_name("when_decided.tmp.png")
+    FigureCanvasAgg(figure).print_png(aside)
+    os.replace(aside, path)
+
+
+if __name__ == "__main__":
+    run_main(main, out=None, checkpoint="")
