@@ -95,6 +95,9 @@ def check(config):
     _require(config.mixed_precision in PRECISIONS, "mixed_precision", config.mixed_precision,
              f"must be one of {', '.join(PRECISIONS)}")  # fmt: skip
     _require(config.log_with in ("", "wandb"), "log_with", config.log_with, 'must be "" or "wandb"')
+    baseline = config.train.value_baseline
+    _require(config.train.algorithm == "dpok" or not baseline, "train.value_baseline", baseline,
+             "goes with config.train.algorithm=dpok alone")  # fmt: skip
     for field, words in CHOICES.items():
         value = config.train[field]
         _require(value in words, f"train.{field}", value, f"must be one of {', '.join(words)}")
@@ -102,14 +105,14 @@ def check(config):
     at_least = {
         "schedule.stage_count": 1, "schedule.left": 1, "sample.num_steps": 1, "sample.groups": 1, "sample.branches": 1,
         "sample.batch_size": 1, "reward.batch_size": 1, "select.history": 0, "train.batch_size": 1,
-        "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.lora_rank": 1,
+        "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.value_epochs": 1, "train.lora_rank": 1,
         "evaluate.images_per_prompt": 1,
     }  # fmt: skip
     for field, low in at_least.items():
         section, name = field.split(".")
         _require(config[section][name] >= low, field, config[section][name], f"must be at least {low}")
     for field in ("sample.eta", "train.learning_rate", "train.clip_range", "train.max_grad_norm", "train.adv_clip",
-                  "train.dpo_beta"):  # fmt: skip
+                  "train.dpo_beta", "train.value_learning_rate"):  # fmt: skip
         section, name = field.split(".")
         value = config[section][name]
         _require(math.isfinite(value) and value > 0, field, value, "must be a finite number above 0")

@@ -10,6 +10,7 @@ from .configuration import UserError
 from .losses import weigh_advantages
 from .noise import stream_seed
 from .training import Pairs, plan_updates, pretrained_means, train_epochs
+from .value import Baseline
 
 NOTHING_SELECTED = {
     "train/updates": 0, "train/loss": 0.0, "train/grad_norm": 0.0, "train/grad_norm_max": 0.0,
@@ -40,13 +41,18 @@ def main(config, started=None):
     optimizer = build_optimizer(config, lora)
     if before:
         load_optimizer(optimizer, lora, before)
+    baseline = Baseline(config, unet) if config.train.value_baseline else None
+    if before and baseline:
+        baseline.load(before / "value.safetensors")
     if config.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     loaded = time.perf_counter()
     with files.fresh_folder(target) as folder:
         save_checkpoint(unet, optimizer, lora, folder / "checkpoint_0")
-        values = _train(config, run, selected, unet, scheduler, optimizer, lora)
+        values = _train(config, run, selected, unet, scheduler, optimizer, lora, baseline)
         save_checkpoint(unet, optimizer, lora, folder / "checkpoint_1")
+        if baseline:
+            baseline.save(folder / "checkpoint_1/value.safetensors")
         values["perf/startup_s"] = round(loaded - started, 3)
         values["time_s"] = round(time.perf_counter() - started, 3)
         metrics.record(run.metrics, config, "train", values)
@@ -94,7 +100,7 @@ def load_pairs(config, run, index, normalised, device):
         )
 
 
-def _train(config, run, selected, unet, scheduler, optimizer, lora):
+def _train(config, run, selected, unet, scheduler, optimizer, lora, baseline):
     """Train on the selection; -> the metrics of the step."""
     from tqdm import tqdm
 
@@ -110,6 +116,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
     began, updates, seen = time.perf_counter(), [], 0
     if config.train.algorithm == "dpok":
         pairs.pretrained_means = pretrained_means(unet, scheduler, pairs, config)
+        pairs.baselines = baseline.of(pairs) if baseline else None
     epochs, samples, per_update = plan_updates(config, len(index))
     generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
     total = epochs * -(-samples // per_update)
@@ -130,6 +137,8 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
                 f"config.train.learning_rate={config.train.learning_rate} under a new config.exp_name"
             ) from None
     mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    if baseline:
+        mean["value_loss"] = baseline.fit(pairs, config.train.value_epochs, generator)
     return {
         "train/updates": len(updates),
         "train/loss": mean["loss"],
@@ -140,6 +149,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora):
         "policy/clipfrac": mean["clipped"],
         "policy/approx_kl": mean["approx_kl"],
         **{f"policy/{name}": mean[name] for name in ("kl_pretrained", "preferred") if name in mean},
+        **({"train/value_loss": mean["value_loss"]} if baseline else {}),
         "perf/unet_evals": 2 * (seen + (pairs.log_probs.numel() if config.train.algorithm == "dpok" else 0)),
         "perf/pairs_per_s": round(seen / (time.perf_counter() - began), 3),
     }

@@ -23,6 +23,7 @@ class Pairs:
     embeds: torch.Tensor  # (n, L, D)
     negative_embeds: torch.Tensor  # (1, L, D)
     pretrained_means: torch.Tensor | None = None  # (n, s, C, H, W) of the base model's transitions, for dpok
+    baselines: torch.Tensor | None = None  # (n, s) to subtract from the advantages, for dpok
 
 
 def split_updates(order, trajectories_per_update):
@@ -87,6 +88,8 @@ def pair_loss(unet, scheduler, pairs, rows, steps, config):
         return ddpo_sf(log_prob, old, advantages)
     if train.algorithm == "dpo":
         return dpo(*(log_prob - old).chunk(2), train.dpo_beta)
+    if pairs.baselines is not None:
+        advantages = advantages - pairs.baselines[rows, steps]
     kl = gaussian_kl(mean, pairs.pretrained_means[rows, steps], sigma) * dimensions
     return dpok(log_prob, old, advantages, train.clip_range, kl, train.kl_weight)
 

@@ -65,6 +65,9 @@ def sdv1_4():
     config.train.algorithm = "ddpo_is"  # the loss, see losses.py: ddpo_is (the paper's) | ddpo_sf | dpok | dpo
     config.train.log_prob = "mean"  # over the latent's dimensions: mean (DDPO's code) | sum (the joint density)
     config.train.kl_weight = 0.01  # of dpok's KL to the pre-trained model, nats (a dimension where log_prob is mean)
+    config.train.value_baseline = False  # dpok: subtract a learned V(x_t, t, prompt) from the advantages
+    config.train.value_learning_rate = 1e-4  # of its Adam
+    config.train.value_epochs = 5  # passes of its regression over a stage's pairs
     config.train.dpo_beta = 10.0  # of dpo, by how much a log-ratio counts (per dimension where log_prob is mean)
     config.train.target_kl = 0.0  # end a stage's updates once approx_kl passes it; 0: never
     config.train.learning_rate = 1e-4  # of AdamW

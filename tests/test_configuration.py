@@ -27,13 +27,20 @@ def test_paper_run_number_for_number(paper):
     assert (paper.reward.model, paper.reward.weights) == ("ViT-H-14", "laion2b_s32b_b79k")
     assert dict(paper.select) == {"history": 8, "pos_threshold": 0.5, "neg_threshold": -0.5}
     train = dict(paper.train)
-    for name in ("batch_size", "gradient_checkpointing", "kl_weight", "dpo_beta"):
+    for name in (
+        "batch_size",
+        "gradient_checkpointing",
+        "kl_weight",
+        "dpo_beta",
+        "value_learning_rate",
+        "value_epochs",
+    ):
         train.pop(name)  # of speed, and of other algorithms
     assert train == {
         "algorithm": "ddpo_is", "log_prob": "mean", "target_kl": 0.0, "learning_rate": 1e-4, "lr_schedule": "constant",
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-4, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
         "trajectories_per_update": 128, "num_epochs": 2, "clip_range": 0.1, "adv_clip": 5.0, "beta1": 1.0, "beta2": 1.0,
-        "lora_rank": 4,
+        "lora_rank": 4, "value_baseline": False,
     }  # fmt: skip
 
 
@@ -68,6 +75,7 @@ BAD = {
     "--config.train.log_prob=median": "config.train.log_prob='median'",
     "--config.train.lr_schedule=cosine": "config.train.lr_schedule='cosine'",
     "--config.train.dpo_beta=0": "config.train.dpo_beta=0",
+    "--config.train.value_baseline=True": "goes with config.train.algorithm=dpok",
     "--config.train.target_kl=nan": "config.train.target_kl=nan",
     "--config.reward.name=beauty": "config.reward.name='beauty'",
     "--config.log_with=tensorboard": "config.log_with='tensorboard'",

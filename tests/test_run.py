@@ -283,6 +283,15 @@ def test_other_algorithms_run(tmp_path, algorithm, method):
         assert ("policy/preferred" in record) == (algorithm == "dpo")
 
 
+def test_a_value_baseline_goes_through_the_stages(tmp_path):
+    more = ["--config.train.algorithm=dpok", "--config.train.value_baseline=True", "--config.method=ddpo"]
+    for stage in (0, 1):
+        run_stage(tmp_path, stage, *more)
+    stored = [load_file(tmp_path / f"t/stage{i}/checkpoints/checkpoint_1/value.safetensors") for i in (0, 1)]
+    assert stored[1]["step.layers.0.weight"] > stored[0]["step.layers.0.weight"] > 0
+    assert all(r["train/value_loss"] > 0 for r in metrics_of(tmp_path) if r["step"] == "train")
+
+
 def test_half_precision_runs_on_the_cpu(tmp_path):
     for stage in (0, 1):
         run_stage(tmp_path, stage, "--config.mixed_precision=bf16")

@@ -368,6 +368,20 @@ def test_dpo_learns_to_prefer_the_winners(scheduler):
     assert len(updates) == 6 * 3  # three winners with their losers, one such pair an update of two trajectories
 
 
+def test_a_baseline_is_subtracted_from_the_advantages(scheduler):
+    gradients = []
+    for advantages, baselines in (([0.5, -1.0], [[0.2] * LENGTH, [-0.3] * LENGTH]), ([0.3, -0.7], None)):
+        unet, lora = lora_unet()
+        pairs = sampled_pairs(unet, scheduler, n=2)
+        config = settings(algorithm="dpok")
+        pairs.pretrained_means = pretrained_means(unet, scheduler, pairs, config)
+        pairs.advantages = torch.tensor(advantages)
+        pairs.baselines = torch.tensor(baselines) if baselines else None
+        accumulate(unet, scheduler, pairs, torch.arange(2), config, seeded())
+        gradients.append(torch.cat([p.grad.flatten() for p in lora.values()]))
+    torch.testing.assert_close(*gradients)
+
+
 def test_dpok_holds_the_policy_near_the_base(scheduler):
     kl = {}
     for weight in (0.0, 100.0):
