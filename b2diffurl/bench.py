@@ -28,7 +28,7 @@ from .training import Pairs, accumulate, loss_scale
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
 GEOMETRY_OF = "CompVis/stable-diffusion-v1-4"  # what random_weights.py makes
 MINIMAL = (  # a stage that does everything once: for the start-up times
-    "--config.exp_name=bench", "--config.stage=0", "--config.method=b2", "--config.sample.groups=1",
+    "--config.exp_name=bench_startup", "--config.stage=0", "--config.method=b2", "--config.sample.groups=1",
     "--config.sample.branches=1", "--config.sample.num_steps=1", "--config.schedule.left=1",
     "--config.schedule.right=1", "--config.select.pos_threshold=-9", "--config.log_with=",
 )  # fmt: skip
@@ -44,22 +44,25 @@ def main(config, flags, out, quick):
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         config.mixed_precision = "bf16"  # CPUs have instructions for that, if for either
         flags = [*flags, "--config.mixed_precision=bf16"]
-    budget = 3.0 if quick else 15.0
+    budget, weights = 3.0 if quick else 15.0, config.pretrained.model
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
-        ours, found = provide_weights(config, scratch, quick)
+        ready, found = provide_weights(config, scratch, quick)
         peak = matmul_rate(models.DTYPES[config.mixed_precision], budget / 3)
         model, phases, pictures = measure_policy(config, scratch, budget)
         starts = {}
-        if ours or not quick:
+        if ready or not quick:
             phases["scoring"] = measure_scoring(config, pictures, budget)
-            starts = startup_seconds([*flags, *found, f"--config.save_path={scratch}", *MINIMAL], scratch / "bench")
+            phases["scoring"]["peak"] = matmul_rate(torch.float32, budget / 3)  # OpenCLIP computes in float32
+            starts = startup_seconds(
+                [*flags, *found, f"--config.save_path={scratch}", *MINIMAL], scratch / "bench_startup"
+            )
     for phase in phases.values():
-        phase["matmul_share"] = phase["flops_per_s"] / peak
+        phase["matmul_share"] = phase["flops_per_s"] / phase.get("peak", peak)
     result = {
         "date": str(datetime.date.today()), "machine": machine(), "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "weights": config.pretrained.model if ours else f"random, geometry of {GEOMETRY_OF}",
+        "weights": weights if pathlib.Path(weights).is_dir() else f"random, geometry of {weights}",
         "precision": config.mixed_precision, "matmul_flops_per_s": peak, **model, "phases": phases,
         "startup_s": starts,
     }  # fmt: skip
@@ -73,21 +76,22 @@ def main(config, flags, out, quick):
 
 def provide_weights(config, scratch, quick):
     """Point config to random weights where its models are not on disk -> (none were needed, flags that do the same)."""
-    if pathlib.Path(config.pretrained.model).is_dir():
-        return True, []
-    if config.pretrained.model != GEOMETRY_OF:
+    on_disk, flags = pathlib.Path(config.pretrained.model).is_dir(), []
+    ready = on_disk and not config.reward.weights
+    if not on_disk and config.pretrained.model != GEOMETRY_OF:
         raise UserError(
             f"config.pretrained.model={config.pretrained.model!r}: give a local pipeline folder; random weights are "
             f"made for {GEOMETRY_OF} alone"
         )
-    random_weights.write_pipeline(scratch / "pipeline", models.DTYPES[config.mixed_precision])
-    config.pretrained.model = str(scratch / "pipeline")
-    flags = [f"--config.pretrained.model={config.pretrained.model}"]
+    if not on_disk:
+        random_weights.write_pipeline(scratch / "pipeline", models.DTYPES[config.mixed_precision])
+        config.pretrained.model = str(scratch / "pipeline")
+        flags = [f"--config.pretrained.model={config.pretrained.model}"]
     if not quick and config.reward.weights:
         random_weights.write_clip(scratch / "clip", config.reward.model)
         config.reward.model, config.reward.weights = f"local-dir:{scratch / 'clip'}", ""
         flags += [f"--config.reward.model={config.reward.model}", "--config.reward.weights="]
-    return False, flags
+    return ready, flags
 
 
 def mean_interval(config):
@@ -96,6 +100,11 @@ def mean_interval(config):
     for copy.stage in range(config.schedule.stage_count):
         stages.append(interval_of(copy))
     return statistics.mean(first for first, _ in stages), statistics.mean(stop - first for first, stop in stages)
+
+
+def prefix_share(config):
+    """How much of a prefix an image pays for: its group's branches share one."""
+    return 1 / config.sample.branches if METHODS[config.method][1] else 1
 
 
 def measure_policy(config, scratch, budget):
@@ -108,7 +117,7 @@ def measure_policy(config, scratch, budget):
     parameters = sum(p.numel() for name, p in unet.named_parameters() if ".lora_" not in name)
     del unet
     start, length = mean_interval(config)
-    share = 1 / config.sample.branches if METHODS[config.method][1] else 1  # of a prefix, an image
+    share = prefix_share(config)
     sampling, step, pictures = measure_sampling(config, embeds, scratch / "lora", start * share + length, budget)
     training = measure_training(config, embeds, scratch / "lora", step, budget)
     coded = io.BytesIO()
@@ -148,13 +157,13 @@ def measure_sampling(config, embeds, lora, steps, budget):
         guided = seconds_a_call(lambda: walk(batch), budget)
         alone = seconds_a_call(lambda: unet_alone(batch), budget / 3)
         path, log_probs = walk(batch)
-        decoded = []
-        finish = seconds_a_call(lambda: decoded.append(models.decode(vae, path[:, 0])), budget / 3)
+        finish = seconds_a_call(lambda: models.decode(vae, path[:, 0]), budget / 3)
+        pictures = [Image.fromarray(picture.numpy()) for picture in models.decode(vae, path[:4, 0])]
     seconds = (steps * guided + finish) / batch
     flops = steps * count(lambda: walk(1), sampler.unet)[0] + count(lambda: models.decode(vae, path[:1, 0]), vae)[0]
     phase |= {"batch": batch, "per_s": 1 / seconds, "flops_per_s": flops / seconds}
     phase["unet_share"] = min(1.0, steps * alone / batch / seconds)
-    return phase, (before[:batch], path, log_probs), [Image.fromarray(picture.numpy()) for picture in decoded[-1]]
+    return phase, (before[:batch], path, log_probs), pictures
 
 
 def measure_training(config, embeds, lora, step, budget):
@@ -215,7 +224,7 @@ def startup_seconds(flags, run_folder):
         done = subprocess.run([sys.executable, f"run_{step}.py", *flags], capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"run_{step}.py failed: {done.stderr.strip().splitlines()[-1]}")
-    pathlib.Path("log/bench.log").unlink()
+    pathlib.Path("log/bench_startup.log").unlink()
     return {line["step"]: line["perf/startup_s"] for line in metrics.read(run_folder / "metrics.jsonl")}
 
 

@@ -95,6 +95,11 @@ def check(config):
     _require(config.mixed_precision in PRECISIONS, "mixed_precision", config.mixed_precision,
              f"must be one of {', '.join(PRECISIONS)}")  # fmt: skip
     _require(config.log_with in ("", "wandb"), "log_with", config.log_with, 'must be "" or "wandb"')
+    reduction = config.train.log_prob
+    _require(reduction == "mean" or config.mixed_precision == "no", "train.log_prob", reduction,
+             "a sum magnifies half precision's rounding; take mean, or config.mixed_precision=no")  # fmt: skip
+    for name in ("kl_weight", "target_kl"):
+        _require(config.train[name] >= 0, f"train.{name}", config.train[name], "must be 0 or more")
     baseline = config.train.value_baseline
     _require(config.train.algorithm == "dpok" or not baseline, "train.value_baseline", baseline,
              "goes with config.train.algorithm=dpok alone")  # fmt: skip

@@ -1,6 +1,7 @@
 """Measuring time, operations and memory of a piece of work, on a CPU or a GPU alike."""
 
 import contextlib
+import ctypes
 import gc
 import os
 import pathlib
@@ -25,6 +26,7 @@ def seconds_a_call(work, budget):
 def fitting(batch, work, budget):
     """The configured batch, or as large a power of two as lets a call of work(batch) end within the budget."""
     size = 1
+    _timed(lambda: work(1))
     while size < batch and 2 * _timed(lambda size=size: work(size)) < budget:
         size = min(2 * size, batch)
     return size
@@ -73,6 +75,8 @@ def peak_memory(phase):
     None where neither can be told (neither CUDA nor Linux).
     """
     gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # what is freed must not count for this block
     reset = pathlib.Path("/proc/self/clear_refs")
     phase["peak_bytes"] = None
     if torch.cuda.is_available():

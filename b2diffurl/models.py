@@ -31,8 +31,8 @@ def prepare(config):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if platform.libc_ver()[0] == "glibc" and not torch.cuda.is_available():
         libc = ctypes.CDLL(None)
-        for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            libc.mallopt(parameter, value)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # older glibc's most
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _load(loader, config, subfolder, **options):
@@ -92,13 +92,13 @@ def load_scheduler(config):
 def load_sampler(config, negative_embeds, checkpoint=None):
     """The denoising policy: the UNet, with a checkpoint folder's LoRA where one is given, and how config runs it.
 
-    In float32 the LoRA is added into the weights, which saves its passes over the activations. In half precision that
-    would round it to the base's precision, and another policy would sample than the one that is trained.
+    On the CPU in float32 the LoRA is added into the weights, which saves its passes over the activations. In half
+    precision, and under TF32, that would round it away, and another policy would sample than the one that is trained.
     """
     unet = load_unet(config)
     if checkpoint:
         load_lora(unet, checkpoint)
-        if unet.dtype == torch.float32:
+        if unet.dtype == torch.float32 and unet.device.type == "cpu":
             unet.fuse_lora()
     sample = config.sample
     negative = negative_embeds.to(device())

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -58,6 +59,7 @@ def evaluated(stage, stage_count):
 
 def measure(config, checkpoint):
     """Train and held-out figures of a checkpoint (None: the base model) on the fixed evaluation noise."""
+    models.prepare(config)
     lists = {"train": read_prompts(config.prompts.train), "test": read_prompts(config.prompts.test)}
     images = evaluate.generate(config, lists, checkpoint, config.exp_name)
     reward, values = load_reward(config, models.device()), {}
@@ -107,6 +109,7 @@ def spent(place, config):
 
 def start_worker():
     """A worker's output is its runs' log files; it ends with the process that started it, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
 
@@ -130,19 +133,28 @@ def main(out, quick):
         files.write_json(base, measure(config, None))
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers, which start after this
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, start_worker) as pool:
-        futures = {pool.submit(run, *job, out, quick): job for job in runs}
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
+    futures, failed = {pool.submit(run, *job, out, quick): job for job in runs}, 0
+    try:
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
             algorithm, method, seed = futures[future]
-            rows += future.result()
-            last = rows[-1]
-            print(
-                f"{number}/{len(runs)} {algorithm} {method} seed {seed}: oracle {last['oracle_train']:.3f} train, "
-                f"{last['oracle_test']:.3f} held-out; {(time.perf_counter() - began) / 60:.1f} min",
-                flush=True,
-            )
+            said = f"{number}/{len(runs)} {algorithm} {method} seed {seed}: "
+            try:
+                rows += future.result()
+            except UserError as error:  # a run that diverged is a result too; the others go on
+                failed += 1
+                print(f"{said}failed: {error}", flush=True)
+                continue
+            last, minutes = rows[-1], (time.perf_counter() - began) / 60
+            figures = f"oracle {last['oracle_train']:.3f} train, {last['oracle_test']:.3f} held-out"
+            print(f"{said}{figures}; {minutes:.1f} min", flush=True)
             study_report.write(out, rows, files.read_json(base, "the study"))
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
+    if failed:
+        raise UserError(f"{failed} of {len(runs)} runs failed; the report has the others")
     print((out / "table.md").read_text(encoding="utf-8"))
 
 

@@ -70,7 +70,8 @@ def table(rows, base):
         if shared := sorted(set(ours) & set(plain)):
             cells = [_cell([ours[seed][key] - plain[seed][key] for seed in shared], "+.3f") for key in FIGURES]
             lines.append(f"| {algorithm} | b2 - ddpo, by seed | {len(shared)} | | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    note = "Mean over seeds and, in brackets, its 95 % bootstrap interval, which is too narrow for so few seeds."
+    return "\n".join([*lines, "", note]) + "\n"
 
 
 def _cell(values, form=".3f"):

@@ -131,8 +131,8 @@ def train_epochs(unet, scheduler, optimizer, parameters, pairs, config, generato
     """Run the stage's epochs over the pairs; on_update(statistics, gradient norm) after every optimiser step.
 
     An update that overflows in float16 is repeated at a smaller loss scale. Raises FloatingPointError before any other
-    non-finite gradient reaches the weights. Where config.train.target_kl is above 0, the stage ends with the first
-    update whose mean approx_kl passes it.
+    non-finite gradient reaches the weights. Where config.train.target_kl is above 0, the stage ends before the first
+    update that finds the mean approx_kl above it; the first update of all finds 0.
     """
     headroom = 1.0
     epochs, samples, per_update = plan_updates(config, len(pairs.advantages))
@@ -149,8 +149,9 @@ def train_epochs(unet, scheduler, optimizer, parameters, pairs, config, generato
                     raise FloatingPointError("the gradient is not finite")
                 headroom /= 16
                 optimizer.zero_grad()
+            if 0 < config.train.target_kl < statistics["approx_kl"].mean():
+                optimizer.zero_grad()
+                return
             optimizer.step()
             optimizer.zero_grad()
             on_update(statistics, norm.item())
-            if 0 < config.train.target_kl < statistics["approx_kl"].mean():
-                return

@@ -32,7 +32,11 @@ class ValueNetwork(torch.nn.Module):
 
 
 class Baseline:
-    """The network with its Adam. What it subtracts in a stage it has learnt in earlier ones, so it adds no bias."""
+    """The network with its Adam. What it subtracts in a stage it has learnt in earlier ones alone.
+
+    So it adds no bias where all images are trained on and the ratio is 1; a selection by outcome (b2, ddpo_bs) or a
+    clip makes it a heuristic.
+    """
 
     def __init__(self, config, unet):
         latent_size = unet.config.in_channels * unet.config.sample_size**2

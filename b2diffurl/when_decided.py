@@ -63,18 +63,18 @@ def branch(config, sampler, vae, embeds, left):
 
 
 def split_variance(values, prompts):
-    """Variance of values (G, K) within groups, between groups of one prompt, and between prompts; they add up.
+    """Unbiased variance components of values (G, K): within groups, and between the groups of one prompt.
 
-    prompts: G·K strings. Population variances, so that within + between_groups + between_prompts is that of all values.
+    prompts: G·K strings. The variance of a prompt's images is their sum; 0 where no prompt has two groups. A negative
+    estimate of the second, which noise can give, counts as 0.
     """
-    groups = values.mean(1)
+    within, means = float(values.var(axis=1, ddof=1).mean()), values.mean(1)
     own = np.array(prompts[:: values.shape[1]])
-    of_prompt = np.array([groups[own == prompt].mean() for prompt in own])
-    return {
-        "within": float(values.var(axis=1).mean()),
-        "between_groups": float(((groups - of_prompt) ** 2).mean()),
-        "between_prompts": float(((of_prompt - values.mean()) ** 2).mean()),
-    }
+    distinct = np.unique(own)
+    squares = sum(((means[own == prompt] - means[own == prompt].mean()) ** 2).sum() for prompt in distinct)
+    freedom = len(own) - len(distinct)
+    between = squares / freedom - within / values.shape[1] if freedom else 0.0
+    return {"within": within, "between_groups": max(0.0, float(between))}
 
 
 def draw(rows, path):

@@ -24,7 +24,7 @@ def sdv1_4():
     config.stage = 0  # which stage a script works on; run_process.sh counts it up [run_name, "stage0"]
     config.method = "b2"  # b2 | ddpo_bpt (no branches) | ddpo_bs (constant interval) | ddpo (neither)
     config.mixed_precision = "fp16"  # of the frozen models: fp16 | bf16 | no; LoRA and log-probs are float32
-    config.allow_tf32 = True  # on a GPU, in what computes in float32 (the VAE, the reward): 10 bits of mantissa, faster
+    config.allow_tf32 = True  # on a GPU, of what is float32 (VAE, reward; all with "no"): faster, 10 bits of mantissa
     config.one_process = False  # run_process.sh: True runs all steps in one warm process, False each in its own
     config.log_with = ""  # "wandb" also sends every metrics line there; "" does not
 
@@ -67,9 +67,9 @@ def sdv1_4():
     config.train.kl_weight = 0.01  # of dpok's KL to the pre-trained model, nats (a dimension where log_prob is mean)
     config.train.value_baseline = False  # dpok: subtract a learned V(x_t, t, prompt) from the advantages
     config.train.value_learning_rate = 1e-4  # of its Adam
-    config.train.value_epochs = 5  # passes of its regression over a stage's pairs
+    config.train.value_epochs = 5  # passes of its regression over a stage's pairs, trajectories_per_update pairs a step
     config.train.dpo_beta = 10.0  # of dpo, by how much a log-ratio counts (per dimension where log_prob is mean)
-    config.train.target_kl = 0.0  # end a stage's updates once approx_kl passes it; 0: never
+    config.train.target_kl = 0.0  # end a stage's updates once policy/approx_kl, (log ρ)²/2, passes it; 0: never
     config.train.learning_rate = 1e-4  # of AdamW
     config.train.lr_schedule = "constant"  # constant | linear (to 0 over the run's stages)
     config.train.adam_beta1 = 0.9  # AdamW's first moment decay

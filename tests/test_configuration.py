@@ -77,6 +77,7 @@ BAD = {
     "--config.train.dpo_beta=0": "config.train.dpo_beta=0",
     "--config.train.value_baseline=True": "goes with config.train.algorithm=dpok",
     "--config.train.target_kl=nan": "config.train.target_kl=nan",
+    "--config.train.kl_weight=-0.1": "config.train.kl_weight=-0.1",
     "--config.reward.name=beauty": "config.reward.name='beauty'",
     "--config.log_with=tensorboard": "config.log_with='tensorboard'",
     "--config.train.learning_rate=0": "config.train.learning_rate=0",
@@ -99,6 +100,12 @@ def test_bad_settings(argument):
         parse([*PRESET, argument])
     assert BAD[argument] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_summed_log_probabilities_need_full_precision():
+    parse([*PRESET, "--config.train.log_prob=sum"])
+    with pytest.raises(UserError, match=r"config\.train\.log_prob='sum'"):
+        parse([*PRESET, "--config.train.log_prob=sum", "--config.mixed_precision=bf16"])
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "not json", '["a", 3]', '["a", " "]', '"a"', b"\xff\xfe\x00"], ids=str)

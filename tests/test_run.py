@@ -222,7 +222,7 @@ def test_three_processes_a_stage_do_what_one_does(finished, tmp_path):
     assert all(torch.equal(again[k], wanted[k]) for k in wanted)
     assert (tmp_path / "t/eval.json").exists()
     for record in metrics_of(tmp_path):  # a script's time counts from the start of its process
-        assert 0.5 < record["perf/startup_s"] < record["time_s"]
+        assert 0 < record["perf/startup_s"] < record["time_s"]
     steps = [line.partition(":")[0] for line in finished[1].splitlines() if line.startswith("stage ")]
     assert [line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("stage ")] == steps
 

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import pathlib
 import shutil
 
 import numpy as np
@@ -58,6 +59,9 @@ def test_interval_over_seeds():
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
+    for name in ("config", "model", "prompts"):  # runs write log/ below the working directory
+        (tmp_path / name).symlink_to(pathlib.Path(name).resolve())
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         study, "QUICK",
         {

@@ -19,7 +19,8 @@ def open_entropy(images, per_prompt):
 
     images: PIL images of SIZE x SIZE, per_prompt of each prompt in a row. Each of x, y, radius of the largest object
     and brightness falls into one of three bins; the four entropies are added, so 4 log2(3) = 6.34 is the most. Pictures
-    without an object are left out. A few images a prompt bias it downwards: compare equal numbers only.
+    without an object are left out, and prompts that have no others. A few images a prompt bias it downwards: compare
+    equal numbers only.
     """
     pictures = torch.tensor(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
     grey = pictures.amax(1) - pictures.amin(1) <= FOREGROUND_CHROMA
@@ -31,11 +32,13 @@ def open_entropy(images, per_prompt):
     entropies = []
     for first in range(0, len(rows), per_prompt):
         seen = np.array([row for row in rows[first : first + per_prompt] if row]).reshape(-1, len(BINS))
+        if not len(seen):
+            continue
         bins = [np.digitize(values, edges) for values, edges in zip(seen.T, BINS.values(), strict=True)]
-        entropies.append(sum(_bits(np.bincount(b, minlength=1)) for b in bins))
-    return float(np.mean(entropies))
+        entropies.append(sum(_bits(np.bincount(b)) for b in bins))
+    return float(np.mean(entropies)) if entropies else 0.0
 
 
 def _bits(counts):
-    share = counts[counts > 0] / max(1, counts.sum())
+    share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log2(share)).sum())
