@@ -30,7 +30,8 @@ def main(config, checkpoint, out):
     weights = pathlib.Path(checkpoint, "pytorch_lora_weights.safetensors").read_bytes()
     settings = {
         "checkpoint": str(checkpoint), "sha256": hashlib.sha256(weights).hexdigest(), "lists": lists,
-        "mixed_precision": config.mixed_precision, **{name: config[name].to_dict() for name in MATTERS},
+        "mixed_precision": config.mixed_precision, "allow_tf32": config.allow_tf32,
+        **{name: config[name].to_dict() for name in MATTERS},
     }  # fmt: skip
     log = files.start_log(files.Run(config))
     if (out / "eval.json").exists():

@@ -22,7 +22,7 @@ from .rewards import load_reward
 from .shapes.variety import open_entropy
 
 METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
-SETTINGS = {  # of the shapes preset, by algorithm
+SETTINGS = {  # beside the shapes preset's, by algorithm; first guesses, no search was made yet
     "ddpo_is": {},
     "ddpo_sf": {},
     "dpok": {},
@@ -88,7 +88,11 @@ def run(algorithm, method, seed, out, quick):
                 files.write_json(stored, measure(config, files.checkpoint(place.stage)))
             row |= files.read_json(stored, "the study")
         rows.append(row)
-        for heavy in ("images", "samples.safetensors", "checkpoints/checkpoint_0"):  # a study makes a hundred GB else
+        for heavy in (
+            "images",
+            "samples.safetensors",
+            "checkpoints/checkpoint_0",
+        ):  # gigabytes, else, over a whole study
             path = place.stage / heavy
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return rows

@@ -132,9 +132,9 @@ def train_epochs(unet, scheduler, optimizer, parameters, pairs, config, generato
 
     An update that overflows in float16 is repeated at a smaller loss scale. Raises FloatingPointError before any other
     non-finite gradient reaches the weights. Where config.train.target_kl is above 0, the stage ends before the first
-    update that finds the mean approx_kl above it; the first update of all finds 0.
+    update that finds the mean approx_kl above it; the first update, which only rounding keeps from 0, is always made.
     """
-    headroom = 1.0
+    headroom, made = 1.0, 0
     epochs, samples, per_update = plan_updates(config, len(pairs.advantages))
     for _ in range(epochs):
         order = torch.randperm(samples, generator=generator)
@@ -149,9 +149,10 @@ def train_epochs(unet, scheduler, optimizer, parameters, pairs, config, generato
                     raise FloatingPointError("the gradient is not finite")
                 headroom /= 16
                 optimizer.zero_grad()
-            if 0 < config.train.target_kl < statistics["approx_kl"].mean():
+            if made and 0 < config.train.target_kl < statistics["approx_kl"].mean():
                 optimizer.zero_grad()
                 return
             optimizer.step()
             optimizer.zero_grad()
+            made += 1
             on_update(statistics, norm.item())

@@ -357,6 +357,9 @@ def test_target_kl_ends_the_stage(scheduler):
     unet, lora = lora_unet()
     stopped = updates_of(unet, scheduler, lora, pairs, settings(num_epochs=3, target_kl=bound))
     assert [u["loss"] for u in stopped] == [u["loss"] for u in free[:3]]  # the fourth is seen, not made
+    unet, lora = lora_unet()
+    pairs.log_probs += 1e-3  # as half precision's rounding would
+    assert len(updates_of(unet, scheduler, lora, pairs, settings(num_epochs=3, target_kl=1e-12))) == 1
 
 
 def test_dpo_learns_to_prefer_the_winners(scheduler):
