@@ -5,7 +5,7 @@ import time
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import curves, files, metrics, models
+from . import adam, curves, files, metrics, models
 from .configuration import UserError
 from .losses import weigh_advantages
 from .noise import stream_seed
@@ -40,7 +40,7 @@ def main(config, started=None):
     lora = models.load_lora(unet, before) if before else models.add_lora(unet, config)
     optimizer = build_optimizer(config, lora)
     if before:
-        load_optimizer(optimizer, lora, before)
+        adam.restore(optimizer, lora, files.read_tensors(before / "optimizer.safetensors", "run_train.py"))
     baseline = Baseline(config, unet) if config.train.value_baseline else None
     if before and baseline:
         baseline.load(before / "value.safetensors")
@@ -172,19 +172,4 @@ def save_checkpoint(unet, optimizer, lora, folder):
     """The LoRA in diffusers' form, and AdamW's state by parameter name in optimizer.safetensors."""
     folder.mkdir()
     models.save_lora(unet, folder)
-    state = {
-        f"{name}.{key}": value
-        for name, parameter in lora.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    files.write_tensors(folder / "optimizer.safetensors", state)
-
-
-def load_optimizer(optimizer, lora, folder):
-    """Put the state that save_checkpoint wrote back into the optimiser; learning rate and betas stay the configured."""
-    stored = files.read_tensors(folder / "optimizer.safetensors", "run_train.py")
-    for name, parameter in lora.items():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{name}.{key}" in stored:
-                value = stored[f"{name}.{key}"]
-                optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+    files.write_tensors(folder / "optimizer.safetensors", adam.state_of(optimizer, lora))

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from . import files
+from . import adam, files
 
 WIDTH = 256
 FREQUENCIES = 16
@@ -73,19 +73,13 @@ class Baseline:
     def save(self, path):
         """The network and Adam's state, one safetensors file."""
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        for name, parameter in self.network.named_parameters():
-            tensors |= {f"{key}.{name}": tensor for key, tensor in self.optimizer.state.get(parameter, {}).items()}
-        files.write_tensors(path, tensors)
+        files.write_tensors(path, tensors | adam.state_of(self.optimizer, dict(self.network.named_parameters())))
 
     def load(self, path):
         """Put back what save wrote. Raises UserError for a file that is missing or broken."""
         stored = files.read_tensors(path, "run_train.py")
         self.network.load_state_dict({name: stored[f"network.{name}"] for name in self.network.state_dict()})
-        for name, parameter in self.network.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{key}.{name}" in stored:
-                    tensor = stored[f"{key}.{name}"]
-                    self.optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+        adam.restore(self.optimizer, dict(self.network.named_parameters()), stored)
 
 
 def _all(pairs):

@@ -288,7 +288,7 @@ def test_a_value_baseline_goes_through_the_stages(tmp_path):
     for stage in (0, 1):
         run_stage(tmp_path, stage, *more)
     stored = [load_file(tmp_path / f"t/stage{i}/checkpoints/checkpoint_1/value.safetensors") for i in (0, 1)]
-    assert stored[1]["step.layers.0.weight"] > stored[0]["step.layers.0.weight"] > 0
+    assert stored[1]["layers.0.weight.step"] > stored[0]["layers.0.weight.step"] > 0
     assert all(r["train/value_loss"] > 0 for r in metrics_of(tmp_path) if r["step"] == "train")
 
 
