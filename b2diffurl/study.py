@@ -1,12 +1,13 @@
 """The paper's claims, in miniature: methods x algorithms x seeds on `shapes`, at an equal budget of reward queries.
 
-`python -m b2diffurl.study [--quick] [--out DIR]` writes results.csv, table.md and curves.png into DIR. The same command
-goes on where it was stopped.
+`python -m b2diffurl.study [--quick | --search] [--out DIR]` writes results.csv, table.md and curves.png into DIR/quick,
+DIR/search or DIR/full. The same command goes on where it was stopped.
 """
 
 import argparse
 import concurrent.futures
 import gc
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -15,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import typing
 
 from . import evaluate, files, metrics, models, sample, select, study_report, train
 from .configuration import UserError, parse, read_prompts
@@ -22,39 +24,65 @@ from .rewards import load_reward
 from .shapes.variety import open_entropy
 
 METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
-SETTINGS = {  # beside the shapes preset's, by algorithm; first guesses, no search was made yet
-    "ddpo_is": {},
-    "ddpo_sf": {},
-    "dpok": {},
-    "dpo": {"train.learning_rate": 3e-4},
+OTHERS = ("ddpo_sf", "dpok", "dpo")
+BUDGETS = {  # beside the shapes preset's settings, the same for every run
+    "full": {"schedule.stage_count": 16, "evaluate.images_per_prompt": 8},
+    "quick": {"schedule.stage_count": 4, "sample.groups": 12, "evaluate.images_per_prompt": 4},
+    "search": {  # prompts that the evidence does not use
+        "schedule.stage_count": 8, "evaluate.images_per_prompt": 4,
+        "prompts.train": "prompts/shapes_relation_train.json", "prompts.test": "prompts/shapes_relation_test.json",
+    },
+}  # fmt: skip
+GRID = {  # four settings each: the learning rate, and the algorithm's own coefficient where it has one
+    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3)],
+    "ddpo_sf": [{"train.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)],
+    "dpok": [{"train.learning_rate": r, "train.kl_weight": w} for r, w in itertools.product((1e-3, 2e-3), (0.03, 0.3))],
+    "dpo": [{"train.learning_rate": r, "train.dpo_beta": b} for r, b in itertools.product((1e-3, 2e-3), (100, 1000))],
 }
-QUICK = {"schedule.stage_count": 4, "sample.groups": 12}
+CHOSEN = {("ddpo_is", method): 1 for method in METHODS} | {(a, m): 1 for a in OTHERS for m in ("ddpo", "b2")}
 
 
-def matrix(quick):
-    """The runs, [(algorithm, method, seed)]: five seeds for DDPO's four methods, three for two of each other's."""
-    seeds = range(101, 103) if quick else range(101, 106)
-    runs = [("ddpo_is", method, seed) for seed in seeds for method in METHODS]
-    others = [name for name in SETTINGS if name != "ddpo_is"]
-    if quick:
-        return runs + [(name, "b2", seeds[0]) for name in others]
-    return runs + [(name, method, seed) for seed in seeds[:3] for name in others for method in ("ddpo", "b2")]
+class Job(typing.NamedTuple):
+    """A run of the matrix: everything in which it differs from the others."""
+
+    algorithm: str
+    method: str
+    seed: int
+    place: int  # of its settings in GRID[algorithm]
 
 
-def configure(algorithm, method, seed, out, quick):
+def matrix(kind):
+    """The runs of a full | quick | search study.
+
+    full: five seeds for DDPO's four methods, three for two of each other algorithm's. search: every setting of the grid
+    for each of those ten, on a seed of its own.
+    """
+    if kind == "search":
+        cells = [("ddpo_is", method) for method in METHODS] + [(a, m) for a in OTHERS for m in ("ddpo", "b2")]
+        return [Job(*cell, 201, place) for cell in cells for place in range(len(GRID[cell[0]]))]
+    seeds = range(101, 103) if kind == "quick" else range(101, 106)
+    cells = [("ddpo_is", method, seed) for seed in seeds for method in METHODS]
+    if kind == "quick":
+        cells += [(name, "b2", seeds[0]) for name in OTHERS]
+    else:
+        cells += [(name, method, seed) for seed in seeds[:3] for name in OTHERS for method in ("ddpo", "b2")]
+    return [Job(*cell, CHOSEN[cell[:2]]) for cell in cells]
+
+
+def configure(job, out, kind):
     """The shapes preset with a run's settings, all of them; the rest of the matrix differs from it in these alone."""
     settings = {
-        "exp_name": f"{algorithm}_{method}_seed{seed}", "save_path": str(out / "runs"), "method": method, "seed": seed,
-        "train.algorithm": algorithm, **SETTINGS[algorithm], **(QUICK if quick else {}),
-        "evaluate.images_per_prompt": 4 if quick else 8,
+        "exp_name": f"{job.algorithm}_{job.method}_{job.place}_seed{job.seed}", "save_path": str(out / "runs"),
+        "method": job.method, "seed": job.seed, "train.algorithm": job.algorithm, **GRID[job.algorithm][job.place],
+        **BUDGETS[kind],
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     return parse(["study", "--config", "config/stage_process.py:shapes", *flags])[0]
 
 
 def evaluated(stage, stage_count):
-    """Whether a stage's result is evaluated: every third, and the last."""
-    return stage % 3 == 2 or stage == stage_count - 1
+    """Whether a stage's result is evaluated: every fourth, and the last."""
+    return stage % 4 == 3 or stage == stage_count - 1
 
 
 def measure(config, checkpoint):
@@ -71,9 +99,9 @@ def measure(config, checkpoint):
     return values
 
 
-def run(algorithm, method, seed, out, quick):
+def run(job, out, kind):
     """One run of the matrix, or what is left of it; -> its rows, one a stage."""
-    config = configure(algorithm, method, seed, out, quick)
+    config = configure(job, out, kind)
     stages, rows = config.schedule.stage_count, []
     for config.stage in range(stages):
         place = files.Run(config)
@@ -81,18 +109,18 @@ def run(algorithm, method, seed, out, quick):
             for step in (sample, select, train):
                 step.main(config)
                 gc.collect()
-        row = {"algorithm": algorithm, "method": method, "seed": seed, "stage": config.stage, **spent(place, config)}
+        settings = ", ".join(
+            f"{name.split('.')[1]} {value:g}" for name, value in GRID[job.algorithm][job.place].items()
+        )
+        row = {"algorithm": job.algorithm, "method": job.method, "settings": settings, "seed": job.seed}
+        row |= {"stage": config.stage, **spent(place, config)}
         if evaluated(config.stage, stages):
             stored = place.stage / "evaluation.json"
             if not stored.exists():
                 files.write_json(stored, measure(config, files.checkpoint(place.stage)))
             row |= files.read_json(stored, "the study")
         rows.append(row)
-        for heavy in (
-            "images",
-            "samples.safetensors",
-            "checkpoints/checkpoint_0",
-        ):  # gigabytes, else, over a whole study
+        for heavy in ("images", "samples.safetensors", "checkpoints/checkpoint_0"):  # gigabytes, over a whole study
             path = place.stage / heavy
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return rows
@@ -124,12 +152,12 @@ def _follow(parent):
     os._exit(1)
 
 
-def main(out, quick):
+def main(out, kind):
     """Run the matrix, one warm process a core, and write the report after every run that ends."""
     import torch
 
-    runs, rows, began = matrix(quick), [], time.perf_counter()
-    config = configure(*runs[0], out, quick)
+    runs, rows, began = matrix(kind), [], time.perf_counter()
+    config = configure(runs[0], out, kind)
     base = out / "base.json"
     out.mkdir(parents=True, exist_ok=True)
     if not base.exists():
@@ -138,11 +166,13 @@ def main(out, quick):
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers, which start after this
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-    futures, failed = {pool.submit(run, *job, out, quick): job for job in runs}, 0
+    futures, failed = {pool.submit(run, job, out, kind): job for job in runs}, 0
     try:
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            algorithm, method, seed = futures[future]
-            said = f"{number}/{len(runs)} {algorithm} {method} seed {seed}: "
+            job = futures[future]
+            said = (
+                f"{number}/{len(runs)} {job.algorithm} {job.method} {GRID[job.algorithm][job.place]} seed {job.seed}: "
+            )
             try:
                 rows += future.result()
             except UserError as error:  # a run that diverged is a result too; the others go on
@@ -165,10 +195,13 @@ def main(out, quick):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.study", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="model/study", type=pathlib.Path, help="folder of the results and the runs")
-    parser.add_argument("--quick", action="store_true", help="a small matrix of short runs: minutes, no evidence")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--quick", action="store_true", help="a small matrix of short runs: minutes, no evidence")
+    kinds.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and seeds")
     given = parser.parse_args()
+    kind = "quick" if given.quick else "search" if given.search else "full"
     try:
-        main(given.out / ("quick" if given.quick else "full"), given.quick)
+        main(given.out / kind, kind)
     except UserError as error:
         sys.exit(f"study.py: {error}")
     except KeyboardInterrupt:

@@ -15,15 +15,14 @@ FIGURES = {
 }
 ORDER = ("ddpo_is", "ddpo_sf", "dpok", "dpo", "ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 COLUMNS = (
-    "algorithm", "method", "seed", "stage", "queries", "unet_evals", "seconds", "reward_samples", "oracle_samples",
-    "reward_train", "reward_test", "oracle_train", "oracle_test", "diversity_train", "diversity_test",
-    "entropy_train", "entropy_test",
+    "algorithm", "method", "settings", "seed", "stage", "queries", "unet_evals", "seconds",
+    "reward_samples", "oracle_samples", "reward_train", "reward_test", "oracle_train", "oracle_test", "diversity_train", "diversity_test", "entropy_train", "entropy_test",
 )  # fmt: skip
 
 
 def write(out, rows, base):
     """Write the three files, each whole; rows: dicts of COLUMNS, base: the base model's figures."""
-    rows = sorted(rows, key=lambda r: (r["algorithm"], r["method"], r["seed"], r["stage"]))
+    rows = sorted(rows, key=lambda r: (*_cell_of(r), r["seed"], r["stage"]))
     aside = out / "results.csv.tmp"
     with aside.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
@@ -44,37 +43,44 @@ def interval(values, resamples=10_000):
 
 
 def final_rows(rows):
-    """{(algorithm, method): {seed: the row of the run's last stage}} in the order of the table."""
-    groups = {}
-    for row in sorted(
-        rows, key=lambda r: (ORDER.index(r["algorithm"]), ORDER.index(r["method"]), r["seed"], r["stage"])
-    ):
-        groups.setdefault((row["algorithm"], row["method"]), {})[row["seed"]] = row
-    return groups
+    """{(algorithm, method, settings): {seed: the row of the run's last stage}} in the order of the table."""
+    cells = {}
+    for row in sorted(rows, key=lambda r: (ORDER.index(r["algorithm"]), ORDER.index(r["method"]), r["stage"])):
+        cells.setdefault(_cell_of(row), {})[row["seed"]] = row
+    return cells
+
+
+def _cell_of(row):
+    return row["algorithm"], row["method"], row["settings"]
 
 
 def table(rows, base):
     """Markdown: the end of every row of the matrix, mean and interval over seeds, and B² minus DDPO by seed."""
     lines = [
-        f"| algorithm | method | seeds | queries | {' | '.join(FIGURES.values())} |",
-        "| --- " * (4 + len(FIGURES)) + "|",
-        f"| none | base model | - | 0 | {' | '.join(f'{base[key]:.3f}' for key in FIGURES)} |",
+        f"| algorithm | method | settings | seeds | queries | UNet evaluations | {' | '.join(FIGURES.values())} |",
+        "| --- " * (6 + len(FIGURES)) + "|",
+        f"| none | base model | - | - | 0 | 0 | {' | '.join(f'{base[key]:.3f}' for key in FIGURES)} |",
     ]
-    groups = final_rows(rows)
-    for (algorithm, method), runs in groups.items():
-        cells = [_cell([row[key] for row in runs.values()]) for key in FIGURES]
-        queries = max(row["queries"] for row in runs.values())
-        lines.append(f"| {algorithm} | {method} | {len(runs)} | {queries} | {' | '.join(cells)} |")
-    for algorithm in dict.fromkeys(algorithm for algorithm, _ in groups):
-        ours, plain = groups.get((algorithm, "b2"), {}), groups.get((algorithm, "ddpo"), {})
-        if shared := sorted(set(ours) & set(plain)):
-            cells = [_cell([ours[seed][key] - plain[seed][key] for seed in shared], "+.3f") for key in FIGURES]
-            lines.append(f"| {algorithm} | b2 - ddpo, by seed | {len(shared)} | | {' | '.join(cells)} |")
+    cells = final_rows(rows)
+    for (algorithm, method, settings), runs in cells.items():
+        figures = " | ".join(_figure([row[key] for row in runs.values()]) for key in FIGURES)
+        spent = f"{max(row['queries'] for row in runs.values())} | {_millions(runs.values())}"
+        lines.append(f"| {algorithm} | {method} | {settings} | {len(runs)} | {spent} | {figures} |")
+    for algorithm in dict.fromkeys(algorithm for algorithm, _, _ in cells):
+        ours, plain = ([runs for cell, runs in cells.items() if cell[:2] == (algorithm, m)] for m in ("b2", "ddpo"))
+        if len(ours) == len(plain) == 1 and (shared := sorted(set(ours[0]) & set(plain[0]))):
+            gaps = {key: [ours[0][seed][key] - plain[0][seed][key] for seed in shared] for key in FIGURES}
+            figures = " | ".join(_figure(gaps[key], "+.3f") for key in FIGURES)
+            lines.append(f"| {algorithm} | b2 - ddpo, by seed | | {len(shared)} | | | {figures} |")
     note = "Mean over seeds and, in brackets, its 95 % bootstrap interval, which is too narrow for so few seeds."
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def _cell(values, form=".3f"):
+def _millions(runs):
+    return f"{np.mean([row['unet_evals'] for row in runs]) / 1e6:.2f} M"
+
+
+def _figure(values, form=".3f"):
     mean, low, high = interval(values)
     return f"{mean:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
@@ -85,23 +91,23 @@ def draw(out, rows, base):
     from matplotlib.figure import Figure
 
     shown = ("oracle_train", "oracle_test", "reward_train", "diversity_train")
-    algorithms = list(dict.fromkeys(algorithm for algorithm, _ in final_rows(rows)))
+    algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in final_rows(rows)))
     figure = Figure(figsize=(16, 3.4 * len(algorithms)), layout="constrained")
     axes = figure.subplots(len(algorithms), len(shown), squeeze=False)
     for panels, algorithm in zip(axes, algorithms, strict=True):
-        for method in [m for a, m in final_rows(rows) if a == algorithm]:
+        for cell in [c for c in final_rows(rows) if c[0] == algorithm]:
             points = {}
             for row in rows:
-                if (row["algorithm"], row["method"]) == (algorithm, method) and "oracle_train" in row:
+                if _cell_of(row) == cell and "oracle_train" in row:
                     points.setdefault(row["queries"], []).append(row)
             for panel, key in zip(panels, shown, strict=True):
                 x = [0, *sorted(points)]
                 bands = [(base[key],) * 3, *(interval([row[key] for row in points[q]]) for q in x[1:])]
                 mean, low, high = np.array(bands).T
-                panel.plot(x, mean, marker=".", label=method)
+                panel.plot(x, mean, marker=".", label=" ".join(cell[1:]))
                 panel.fill_between(x, low, high, alpha=0.2)  # nothing where a single seed has no interval
                 panel.set(title=f"{algorithm}: {FIGURES[key]}", xlabel="reward queries")
-        panels[0].legend()
+        panels[0].legend(fontsize="x-small")
     aside = out / "curves.tmp.png"
     FigureCanvasAgg(figure).print_png(aside)
     os.replace(aside, out / "curves.png")

@@ -1,5 +1,6 @@
 """The study's matrix, its measures of variety, its report, and that it goes on where it was stopped."""
 
+import collections
 import csv
 import itertools
 import math
@@ -11,8 +12,11 @@ import pytest
 from PIL import Image
 
 from b2diffurl import study, study_report
+from b2diffurl.configuration import read_prompts
 from b2diffurl.shapes.scene import render, sample_scenes
 from b2diffurl.shapes.variety import open_entropy
+
+JOB = study.Job("ddpo_is", "b2", 101, 1)
 
 
 def drawn(count, seed=0):
@@ -21,18 +25,30 @@ def drawn(count, seed=0):
 
 
 def test_matrix_has_the_seeds_that_the_evidence_needs():
-    runs = study.matrix(quick=False)
+    runs = study.matrix("full")
     assert len(runs) == len(set(runs)) == 4 * 5 + 3 * 2 * 3
     for method in study.METHODS:
-        assert len({seed for a, m, seed in runs if (a, m) == ("ddpo_is", method)}) == 5
+        assert len({run.seed for run in runs if run[:2] == ("ddpo_is", method)}) == 5
     for algorithm in ("ddpo_sf", "dpok", "dpo"):
         for method in ("ddpo", "b2"):
-            assert len({seed for a, m, seed in runs if (a, m) == (algorithm, method)}) == 3
+            assert len({run.seed for run in runs if run[:2] == (algorithm, method)}) == 3
 
 
-def test_runs_of_an_algorithm_differ_in_method_and_seed_alone(tmp_path):
-    one = study.configure("ddpo_is", "b2", 101, tmp_path, quick=False)
-    other = study.configure("ddpo_is", "ddpo", 102, tmp_path, quick=False)
+def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence(tmp_path):
+    search, full = study.matrix("search"), study.matrix("full")
+    assert set(collections.Counter(job[:2] for job in search).values()) == {4}
+    assert {job[:2] for job in search} == {job[:2] for job in full}
+    assert not {job.seed for job in search} & {job.seed for job in full}
+    searched, evidence = study.configure(search[0], tmp_path, "search"), study.configure(full[0], tmp_path, "full")
+    prompts = [set(read_prompts(c.prompts.train) + read_prompts(c.prompts.test)) for c in (searched, evidence)]
+    assert not prompts[0] & prompts[1]
+
+
+def test_runs_of_an_algorithm_differ_in_method_seed_and_searched_settings_alone(tmp_path):
+    one = study.configure(study.Job("ddpo_is", "b2", 101, 0), tmp_path, "full")
+    other = study.configure(study.Job("ddpo_is", "ddpo", 102, 2), tmp_path, "full")
+    assert (one.train.learning_rate, other.train.learning_rate) == (5e-4, 2e-3)
+    other.train.learning_rate = one.train.learning_rate
     flat = [{**c.to_dict(), "exp_name": "", "method": "", "seed": 0} for c in (one, other)]
     assert flat[0] == flat[1]
     assert one.sample.groups * one.sample.branches == 240  # the budget of a stage, whatever the method
@@ -63,27 +79,27 @@ def small(monkeypatch, tmp_path):
         (tmp_path / name).symlink_to(pathlib.Path(name).resolve())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        study, "QUICK",
-        {
+        study, "BUDGETS",
+        {"quick": {
             "schedule.stage_count": 4, "schedule.left": 2, "schedule.right": 3, "sample.num_steps": 4,
-            "sample.groups": 4, "train.trajectories_per_update": 4,
-        },
+            "sample.groups": 4, "train.trajectories_per_update": 4, "evaluate.images_per_prompt": 4,
+        }},
     )  # fmt: skip
     return tmp_path
 
 
 def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small):
-    rows = study.run("ddpo_is", "b2", 101, small, True)
+    rows = study.run(JOB, small, "quick")
     assert [row["stage"] for row in rows] == [0, 1, 2, 3]
     assert [row["queries"] for row in rows] == [20, 40, 60, 80]
-    assert ["oracle_train" in row for row in rows] == [False, False, True, True]
+    assert ["oracle_train" in row for row in rows] == [False, False, False, True]
     assert all(a["unet_evals"] < b["unet_evals"] for a, b in itertools.pairwise(rows))
-    folder = small / "runs/ddpo_is_b2_seed101"
+    folder = small / "runs/ddpo_is_b2_1_seed101"
     assert not list(folder.glob("stage*/images"))
     shutil.rmtree(folder / "stage3")
-    again = study.run("ddpo_is", "b2", 101, small, True)
+    again = study.run(JOB, small, "quick")
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
-    base = study.measure(study.configure("ddpo_is", "b2", 101, small, True), None)
+    base = study.measure(study.configure(JOB, small, "quick"), None)
     other = [{**row, "method": "ddpo"} for row in rows]
     other[-1]["oracle_train"] = 0.25
     study_report.write(small, rows + other, base)
@@ -91,6 +107,6 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small):
     assert [(r["method"], r["stage"]) for r in stored] == [(m, str(s)) for m in ("b2", "ddpo") for s in range(4)]
     assert float(stored[3]["oracle_train"]) == pytest.approx(rows[-1]["oracle_train"], abs=1e-6)
     text = (small / "table.md").read_text()
-    assert f"| ddpo_is | b2 | 1 | 80 | {rows[-1]['oracle_train']:.3f} |" in text
-    assert f"| ddpo_is | b2 - ddpo, by seed | 1 | | {rows[-1]['oracle_train'] - 0.25:+.3f} |" in text
+    assert f"| ddpo_is | b2 | learning_rate 0.001 | 1 | 80 | 0.00 M | {rows[-1]['oracle_train']:.3f} |" in text
+    assert f"| ddpo_is | b2 - ddpo, by seed | | 1 | | | {rows[-1]['oracle_train'] - 0.25:+.3f} |" in text
     assert (small / "curves.png").stat().st_size > 10_000
