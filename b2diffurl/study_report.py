@@ -15,8 +15,9 @@ FIGURES = {
 }
 ORDER = ("ddpo_is", "ddpo_sf", "dpok", "dpo", "ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 COLUMNS = (
-    "algorithm", "method", "settings", "seed", "stage", "queries", "unet_evals", "seconds",
-    "reward_samples", "oracle_samples", "reward_train", "reward_test", "oracle_train", "oracle_test", "diversity_train", "diversity_test", "entropy_train", "entropy_test",
+    "algorithm", "method", "settings", "seed", "stage", "queries", "unet_evals", "seconds", "reward_samples",
+    "oracle_samples", "reward_train", "reward_test", "oracle_train", "oracle_test", "diversity_train",
+    "diversity_test", "entropy_train", "entropy_test",
 )  # fmt: skip
 
 
