@@ -23,16 +23,19 @@ from .configuration import UserError, parse, read_prompts
 from .rewards import load_reward
 from .shapes.variety import open_entropy
 
+
+def prompts(name):
+    """The settings of a pair of prompt lists: the attribute prompts, three shapes for study and two for search."""
+    return {f"prompts.{part}": f"prompts/shapes_{name}_{part}.json" for part in ("train", "test")}
+
+
 METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 OTHERS = ("ddpo_sf", "dpok", "dpo")
 BUDGETS = {  # beside the shapes preset's settings, the same for every run
-    "full": {"schedule.stage_count": 16, "evaluate.images_per_prompt": 8},
-    "quick": {"schedule.stage_count": 4, "sample.groups": 12, "evaluate.images_per_prompt": 4},
-    "search": {  # prompts that the evidence does not use
-        "schedule.stage_count": 8, "evaluate.images_per_prompt": 4,
-        "prompts.train": "prompts/shapes_relation_train.json", "prompts.test": "prompts/shapes_relation_test.json",
-    },
-}  # fmt: skip
+    "full": {"schedule.stage_count": 16, "evaluate.images_per_prompt": 16, **prompts("study")},
+    "quick": {"schedule.stage_count": 4, "sample.groups": 12, "evaluate.images_per_prompt": 4, **prompts("study")},
+    "search": {"schedule.stage_count": 8, "evaluate.images_per_prompt": 16, **prompts("search")},
+}
 GRID = {  # four settings each: the learning rate, and the algorithm's own coefficient where it has one
     "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3)],
     "ddpo_sf": [{"train.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)],
