@@ -18,6 +18,16 @@ CHOICES = {  # of config.train
     "log_prob": ("mean", "sum"),
     "lr_schedule": ("constant", "linear"),
 }
+REWARDS = (
+    "clip", "bertscore", "aesthetic", "pickscore", "hpsv2", "jpeg_compressibility", "jpeg_incompressibility",
+)  # fmt: skip
+WEIGHTS = {  # reward -> the setting of a file that nothing downloads by itself, and where it comes from
+    "aesthetic": (
+        "aesthetic_head",
+        "sac+logos+ava1-l14-linearMSE.pth from https://github.com/christophschuhmann/improved-aesthetic-predictor",
+    ),
+    "hpsv2": ("hpsv2_weights", "HPS_v2.1_compressed.pt from https://huggingface.co/xswu/HPSv2"),
+}
 PRECISIONS = ("no", "fp16", "bf16")
 
 
@@ -106,7 +116,7 @@ def check(config):
     for field, words in CHOICES.items():
         value = config.train[field]
         _require(value in words, f"train.{field}", value, f"must be one of {', '.join(words)}")
-    _check_reward_name(config.reward.name)
+    _check_reward(config.reward)
     at_least = {
         "schedule.stage_count": 1, "schedule.left": 1, "sample.num_steps": 1, "sample.groups": 1, "sample.branches": 1,
         "sample.batch_size": 1, "reward.batch_size": 1, "select.history": 0, "train.batch_size": 1,
@@ -137,13 +147,34 @@ def check(config):
         _check_model_folder("reward.model", config.reward.model.removeprefix("local-dir:"), "open_clip_config.json")
 
 
-def _check_reward_name(name):
-    module, colon, function = name.partition(":")
-    try:
-        found = name == "clip" or (colon and function and importlib.util.find_spec(module))
-    except (ImportError, ValueError):
-        found = False
-    _require(found, "reward.name", name, 'must be "clip" or "package.module:function" that Python can import')
+def reward_parts(name):
+    """ "clip:1.0 + aesthetic:0.2" -> [("clip", 1.0), ("aesthetic", 0.2)]; a part without a weight has 1."""
+    parts = []
+    for part in name.split("+"):
+        head, colon, tail = part.strip().rpartition(":")
+        try:
+            parts.append((head.strip(), float(tail)) if colon else (tail, 1.0))
+        except ValueError:  # package.module:function
+            parts.append((part.strip(), 1.0))
+    return parts
+
+
+def _check_reward(reward):
+    whole, parts = reward.name, reward_parts(reward.name)
+    _require(len(dict(parts)) == len(parts), "reward.name", whole, "names a reward twice")
+    for name, weight in parts:
+        _require(math.isfinite(weight), "reward.name", whole, f"the weight of {name!r} must be a finite number")
+        module, colon, function = name.partition(":")
+        try:
+            found = name in REWARDS or (colon and function and importlib.util.find_spec(module))
+        except (ImportError, ValueError):
+            found = False
+        wanted = f'{name!r} must be one of {", ".join(REWARDS)} or "package.module:function" that Python can import'
+        _require(found, "reward.name", whole, wanted)
+        if name in WEIGHTS and not (name == "hpsv2" and reward.hpsv2_model.startswith("local-dir:")):
+            setting, source = WEIGHTS[name]
+            _require(pathlib.Path(reward[setting]).is_file(), f"reward.{setting}", reward[setting],
+                     f"no such file; download {source} and save its tensors there (README, Rewards)")  # fmt: skip
 
 
 def _check_schedule(config):

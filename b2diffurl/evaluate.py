@@ -1,6 +1,7 @@
 """Before and after: the base model and a checkpoint on the same prompts with the same fixed noise.
 
-`python -m b2diffurl.evaluate --config config/stage_process.py:PRESET --checkpoint DIR --out DIR`
+`python -m b2diffurl.evaluate --config config/stage_process.py:PRESET --checkpoint DIR --out DIR [--prompts FILE]
+[--images_per_prompt N] [--batch_size N]`. Without --prompts: the configuration's train and held-out lists.
 """
 
 import hashlib
@@ -9,30 +10,33 @@ import pathlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from . import files, models
+from . import contact_sheet, files, models
 from .configuration import UserError, read_prompts, run_main
 from .noise import stream_noise, stream_seed
-from .rewards import load_clip, load_reward, score
+from .quality import Quality, feature_distance
+from .rewards import clip_of, load_reward
 from .shapes.oracle import verdicts
 
 RESAMPLES = 10_000
 MATTERS = ("pretrained", "sample", "reward", "evaluate")  # the settings that an evaluation depends on
 
 
-def main(config, checkpoint, out):
+def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size=""):
     """Write eval.json and before_after.png into `out`, and print the table; what is there already is only printed."""
     out = pathlib.Path(out)
     if not pathlib.Path(checkpoint, "pytorch_lora_weights.safetensors").is_file():
         raise UserError(f"--checkpoint {checkpoint}: it holds no pytorch_lora_weights.safetensors")
-    lists = {"train": read_prompts(config.prompts.train), "held-out": read_prompts(config.prompts.test)}
-    weights = pathlib.Path(checkpoint, "pytorch_lora_weights.safetensors").read_bytes()
-    settings = {
-        "checkpoint": str(checkpoint), "sha256": hashlib.sha256(weights).hexdigest(), "lists": lists,
-        "mixed_precision": config.mixed_precision, "allow_tf32": config.allow_tf32,
-        **{name: config[name].to_dict() for name in MATTERS},
-    }  # fmt: skip
+    if images_per_prompt:
+        config.evaluate.images_per_prompt = _positive("images_per_prompt", images_per_prompt)
+    if batch_size:
+        config.sample.batch_size = _positive("batch_size", batch_size)
+    paths = {"train": config.prompts.train, "held-out": config.prompts.test}
+    if prompts:
+        paths = {pathlib.Path(prompts).stem: prompts}
+    lists = {name: read_prompts(path) for name, path in paths.items()}
+    settings = _settings(config, checkpoint, lists)
     log = files.start_log(files.Run(config))
     if (out / "eval.json").exists():
         stored = files.read_json(out / "eval.json", "the evaluation")
@@ -42,17 +46,39 @@ def main(config, checkpoint, out):
     out.mkdir(parents=True, exist_ok=True)
     models.prepare(config)
     reward = load_reward(config, models.device())
-    clip = reward if config.reward.name == "clip" else load_clip(config, models.device())
+    clip, count = clip_of(reward, config, models.device()), config.evaluate.images_per_prompt
+    quality = Quality(config, models.device())
     results, pictures = [], {}
     for model, folder in (("before", None), ("after", checkpoint)):
         images = generate(config, lists, folder, model)
-        for name, prompts in lists.items():
-            results.append({"model": model, "prompts": name, **measure(config, reward, clip, prompts, images[name])})
-            pictures[model, name] = images[name]
-    side_by_side(config, lists, pictures).save(out / "before_after.tmp.png")
+        for name, own in lists.items():
+            figures = measure(config, reward, clip, own, images[name]) | quality(images[name], count)
+            results.append({"model": model, "prompts": name, **figures})
+            starts = [i * count for i in contact_sheet.shown(own)]
+            pictures[model, name] = [images[name][i : i + min(count, contact_sheet.COLUMNS)] for i in starts]
+        del images
+    contact_sheet.draw(lists, pictures).save(out / "before_after.tmp.png")
     os.replace(out / "before_after.tmp.png", out / "before_after.png")
     files.write_json(out / "eval.json", {"settings": settings, "results": results})
     log.info(table(results))
+
+
+def _settings(config, checkpoint, lists):
+    """Everything that decides the results; batch sizes do not."""
+    weights = pathlib.Path(checkpoint, "pytorch_lora_weights.safetensors").read_bytes()
+    chosen = {name: config[name].to_dict() for name in MATTERS}
+    for name in ("sample", "reward"):
+        del chosen[name]["batch_size"]
+    return {
+        "checkpoint": str(checkpoint), "sha256": hashlib.sha256(weights).hexdigest(), "lists": lists,
+        "mixed_precision": config.mixed_precision, "allow_tf32": config.allow_tf32, **chosen,
+    }  # fmt: skip
+
+
+def _positive(flag, text):
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--{flag} {text}: must be a whole number of at least 1")
+    return int(text)
 
 
 @torch.no_grad()
@@ -84,32 +110,27 @@ def generate(config, lists, checkpoint, label):
 
 
 def measure(config, reward, clip, prompts, images):
-    """Reward, its spread, diversity and, where asked for, oracle alignment; intervals are resampled over prompts."""
+    """Figures of one list's images, evaluate.images_per_prompt a prompt; intervals are resampled over prompts.
+
+    Reward and its parts, CLIPScore, diversity, and oracle alignment where config.evaluate asks for it.
+    """
     count = config.evaluate.images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    scores = score(reward, config, images, repeated).reshape(-1, count)
-    values = {
-        "images": len(images),
-        "reward": scores.mean(),
-        "reward_interval": bootstrap_interval(scores.mean(1)),
-        "diversity": feature_distance(clip.features(images).float().cpu().numpy().reshape(len(prompts), count, -1)),
-    }
+    total, parts = reward.score(images, repeated)
+    values = {"images": len(images), "images_sha256": hashlib.sha256(b"".join(i.tobytes() for i in images)).hexdigest()}
+    values |= _with_interval("reward", total.reshape(-1, count))
+    if set(parts) != {"clip"}:
+        values |= {name: part.mean() for name, part in {"clip": clip(images, repeated).numpy(), **parts}.items()}
+    features = clip.features(images).cpu().numpy()
+    values["diversity"] = feature_distance(features.reshape(len(prompts), count, -1))
     right = verdicts(images, repeated) if config.evaluate.oracle else None
     if right is not None:
-        right = right.reshape(-1, count)
-        values["oracle"] = right.mean()
-        values["oracle_interval"] = bootstrap_interval(right.mean(1))
-    return values
+        values |= _with_interval("oracle", right.reshape(-1, count))
+    return {name: float(v) if isinstance(v, np.floating) else v for name, v in values.items()}
 
 
-def feature_distance(features):
-    """Mean cosine distance between the images of one prompt; features (prompts, images, D) are unit vectors."""
-    count = features.shape[1]
-    if count < 2:
-        return 0.0
-    total = features.sum(1)
-    mean_cosine = ((total**2).sum(1) - count) / (count * (count - 1))
-    return float(1 - mean_cosine.mean())
+def _with_interval(name, per_image):
+    return {name: per_image.mean(), f"{name}_interval": bootstrap_interval(per_image.mean(1))}
 
 
 def bootstrap_interval(per_prompt):
@@ -120,38 +141,24 @@ def bootstrap_interval(per_prompt):
 
 
 def table(results):
-    """The before/after table as text."""
-    lines = ["prompts   model   images  reward                 oracle alignment       diversity"]
-    for r in sorted(results, key=lambda r: r["prompts"], reverse=True):
-        cells = [f"{r['prompts']:<9} {r['model']:<7} {r['images']:>6}"]
-        for name in ("reward", "oracle"):
-            if name in r:
-                low, high = r[f"{name}_interval"]
-                cells.append(f"{r[name]:.3f} [{low:.3f}, {high:.3f}]")
-            else:
-                cells.append(f"{'-':<20}")
-        lines.append("   ".join([*cells, f"{r['diversity']:.4f}"]))
-    return "\n".join(lines)
+    """The before/after table as text; a column for every figure that there is."""
+    known, suffixes = ["images_sha256", "model", "prompts", "images"], ("_interval", "_std")
+    names = list(dict.fromkeys(n for r in results for n in r if n not in known and not n.endswith(suffixes)))
+    heads = {"oracle": "oracle alignment", "inception_score": "Inception Score", "lpips": "LPIPS"}
+    lines = [["prompts", "model", "images", *(heads.get(name, name) for name in names)]]
+    for r in sorted(results, key=lambda r: [*dict.fromkeys(r["prompts"] for r in results)].index(r["prompts"])):
+        lines.append([r["prompts"], r["model"], str(r["images"]), *(_cell(r, name) for name in names)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def side_by_side(config, lists, pictures, prompts=6, images=4, tile=96):
-    """Contact sheet: a row a prompt, spread over the lists; its first images before (left) and after (right)."""
-    rows = [(name, i) for name in lists for i in np.linspace(0, len(lists[name]) - 1, prompts).round().astype(int)]
-    count = config.evaluate.images_per_prompt
-    shown, label = min(images, count), 190
-    sheet = Image.new("RGB", (label + 2 * shown * tile + 12, 20 + len(rows) * (tile + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for half, model in enumerate(("before", "after")):
-        left = label + half * (shown * tile + 12)
-        draw.text((left, 4), model, fill="black")
-        for row, (name, i) in enumerate(rows):
-            top = 20 + row * (tile + 4)
-            draw.text((4, top + tile // 2 - 12), f"{name}\n{lists[name][i][:30]}", fill="black")
-            for k, image in enumerate(pictures[model, name][i * count : i * count + shown]):
-                smooth = Image.Resampling.LANCZOS if image.width > tile else Image.Resampling.NEAREST
-                sheet.paste(image.resize((tile, tile), smooth), (left + k * tile, top))
-    return sheet
+def _cell(row, name):
+    if name not in row:
+        return "-"
+    if f"{name}_interval" in row:
+        return "{:.3f} [{:.3f}, {:.3f}]".format(row[name], *row[f"{name}_interval"])
+    return f"{row[name]:.4f}"
 
 
 if __name__ == "__main__":
-    run_main(main, checkpoint=None, out=None)
+    run_main(main, checkpoint=None, out=None, prompts="", images_per_prompt="", batch_size="")

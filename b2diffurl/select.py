@@ -9,7 +9,7 @@ from PIL import Image
 
 from . import files, metrics, models
 from .configuration import METHODS, UserError
-from .rewards import load_reward, score
+from .rewards import load_reward
 from .rewards.history import RewardHistory
 from .selection import select_contrasts
 from .shapes.oracle import verdicts
@@ -35,11 +35,19 @@ def main(config, started=None):
     with concurrent.futures.ThreadPoolExecutor() as pool:  # decoding a large PNG takes longer than scoring it on a GPU
         images = list(pool.map(_open, [run.stage / "images" / row["image"] for row in rows]))
     prompts = [row["prompt"] for row in rows]
-    raw = score(reward, config, images, prompts)
+    raw, parts = reward.score(images, prompts)
     scoring = time.perf_counter() - loaded
     history = RewardHistory.from_state(past, config.select.history)
     normalised = history.normalise(prompts, raw)
     kept = keep(config, normalised)
+    if len(raw) > 1 and raw.std() == 0:
+        what = (
+            f"stage {config.stage} select: {config.reward.name!r} gave all {len(raw)} images the same reward {raw[0]:g}"
+        )
+        if config.stage == 0:
+            raise UserError(f"{what}: there is nothing to learn from; nothing was written. Look at the reward")
+        log.warning(f"{what}: nothing is trained on")
+        kept = []
     tensors = {"index": torch.tensor(kept, dtype=torch.int64), "normalised": torch.tensor(normalised[kept])}
     files.write_tensors(run.stage / "selected.safetensors", tensors)
     values = {
@@ -50,6 +58,8 @@ def main(config, started=None):
         "select/kept": len(kept),
         "select/kept_best": int((normalised[kept] > 0).sum()),
     }
+    if len(parts) > 1:
+        values |= {f"reward/{name}": part.mean() for name, part in parts.items()}
     right = verdicts(images, prompts) if config.evaluate.oracle else None
     if right is not None:
         values["oracle/alignment"] = right.mean()

@@ -20,11 +20,11 @@ import typing
 
 from . import evaluate, files, metrics, models, sample, select, study_report, train
 from .configuration import UserError, parse, read_prompts
-from .rewards import load_reward
+from .rewards import clip_of, load_reward
 from .shapes.variety import open_entropy
 
 
-def prompts(name):
+def prompt_lists(name):
     """The settings of a pair of prompt lists: the attribute prompts, three shapes for study and two for search."""
     return {f"prompts.{part}": f"prompts/shapes_{name}_{part}.json" for part in ("train", "test")}
 
@@ -32,9 +32,9 @@ def prompts(name):
 METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 OTHERS = ("ddpo_sf", "dpok", "dpo")
 BUDGETS = {  # beside the shapes preset's settings, the same for every run
-    "full": {"schedule.stage_count": 16, "evaluate.images_per_prompt": 16, **prompts("study")},
-    "quick": {"schedule.stage_count": 4, "sample.groups": 12, "evaluate.images_per_prompt": 4, **prompts("study")},
-    "search": {"schedule.stage_count": 8, "evaluate.images_per_prompt": 16, **prompts("search")},
+    "full": {"schedule.stage_count": 16, "evaluate.images_per_prompt": 16, **prompt_lists("study")},
+    "quick": {"schedule.stage_count": 4, "sample.groups": 12, "evaluate.images_per_prompt": 4, **prompt_lists("study")},
+    "search": {"schedule.stage_count": 8, "evaluate.images_per_prompt": 16, **prompt_lists("search")},
 }
 GRID = {  # four settings each: the learning rate, and the algorithm's own coefficient where it has one
     "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3)],
@@ -94,8 +94,9 @@ def measure(config, checkpoint):
     lists = {"train": read_prompts(config.prompts.train), "test": read_prompts(config.prompts.test)}
     images = evaluate.generate(config, lists, checkpoint, config.exp_name)
     reward, values = load_reward(config, models.device()), {}
+    clip = clip_of(reward, config, models.device())
     for name, prompts in lists.items():
-        found = evaluate.measure(config, reward, reward, prompts, images[name])
+        found = evaluate.measure(config, reward, clip, prompts, images[name])
         for key in ("reward", "oracle", "diversity"):
             values[f"{key}_{name}"] = found[key]
         values[f"entropy_{name}"] = open_entropy(images[name], config.evaluate.images_per_prompt)

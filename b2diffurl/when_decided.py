@@ -13,7 +13,7 @@ from PIL import Image
 from . import files, models
 from .configuration import read_prompts, run_main
 from .noise import draw_prompts, stream_seed
-from .rewards import load_reward, score
+from .rewards import load_reward
 from .shapes.oracle import verdicts
 
 GUIDANCE = (2.0, 5.0)
@@ -33,9 +33,7 @@ def main(config, out, checkpoint):
             images = branch(config, sampler, vae, embeds[chosen].to(models.device()), left)
             own = [prompts[index] for index in chosen for _ in range(config.sample.branches)]
             rows.append({"guidance": config.sample.guidance_scale, "steps_left": left})
-            rows[-1]["reward"] = split_variance(
-                score(reward, config, images, own).reshape(config.sample.groups, -1), own
-            )
+            rows[-1]["reward"] = split_variance(reward.score(images, own)[0].reshape(config.sample.groups, -1), own)
             right = verdicts(images, own) if config.evaluate.oracle else None
             if right is not None:
                 rows[-1]["oracle"] = split_variance(right.reshape(config.sample.groups, -1), own)

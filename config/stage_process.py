@@ -51,10 +51,21 @@ def sdv1_4():
     config.sample.batch_size = 32  # images a UNet call; changes speed and memory, not results
 
     config.reward = ml_collections.ConfigDict()
-    config.reward.name = "clip"  # cosine of OpenCLIP's image and text features
-    config.reward.model = "ViT-H-14"  # an OpenCLIP architecture, or local-dir:<folder>
-    config.reward.weights = "laion2b_s32b_b79k"  # its weights' tag, or "" with local-dir
+    config.reward.name = "clip"  # clip | bertscore | aesthetic | pickscore | hpsv2 | jpeg_compressibility |
+    # jpeg_incompressibility | package.module:function of your own | a mix such as "clip:1.0 + aesthetic:0.2"
     config.reward.batch_size = 32  # images a reward call [8]
+    config.reward.model = "ViT-H-14"  # of clip and of the diversity measure: an OpenCLIP architecture or local-dir:DIR
+    config.reward.weights = "laion2b_s32b_b79k"  # its weights' tag, or "" with local-dir
+    config.reward.llava_model = "llava-hf/llava-1.5-7b-hf"  # of bertscore: describes the image; hub id or folder
+    config.reward.bert_model = "roberta-large"  # of bertscore: compares the words; hub id or folder
+    config.reward.bert_layer = 17  # of bertscore: the layer whose features are compared
+    config.reward.aesthetic_model = (
+        "openai/clip-vit-large-patch14"  # of aesthetic: transformers' CLIP; hub id or folder
+    )
+    config.reward.aesthetic_head = "model/rewards/aesthetic_head.safetensors"  # of aesthetic: see README, Rewards
+    config.reward.pickscore_model = "yuvalkirstain/PickScore_v1"  # hub id or folder
+    config.reward.hpsv2_model = "ViT-H-14"  # an OpenCLIP architecture or local-dir:DIR
+    config.reward.hpsv2_weights = "model/rewards/hpsv2.safetensors"  # see README, Rewards; "" with local-dir
 
     config.select = ml_collections.ConfigDict()
     config.select.history = 8  # earlier stages whose scores normalise a prompt's rewards [eval.history_cnt]
@@ -90,6 +101,8 @@ def sdv1_4():
     config.evaluate = ml_collections.ConfigDict()
     config.evaluate.images_per_prompt = 4  # for the before/after table at the end of a run
     config.evaluate.seed = 1_000_000  # of the fixed evaluation noise; training uses none of it
+    config.evaluate.lpips = True  # also LPIPS within prompts; torchvision downloads AlexNet for it
+    config.evaluate.inception_score = True  # also the Inception Score; torch-fidelity downloads its network
     config.evaluate.oracle = False  # also ask the shapes oracle (measured only, never trained on)
     return config.lock()
 
@@ -114,5 +127,7 @@ def shapes():
     config.train.trajectories_per_update = 32  # a stage keeps about 65 samples: 3 updates an epoch
     config.train.clip_range = 1e-3  # the brake that the larger rate needs: 0.26 nats of joint ratio in 256 dimensions
     config.evaluate.images_per_prompt = 24
+    config.evaluate.lpips = False  # its network needs pictures of 64x64 at least
+    config.evaluate.inception_score = False  # tells photographs apart, not shapes
     config.evaluate.oracle = True
     return config.lock()

@@ -1,11 +1,28 @@
 """The before/after measures against brute force."""
 
 import itertools
+import json
+import pathlib
+import urllib.error
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from b2diffurl.evaluate import bootstrap_interval, feature_distance, table
+from b2diffurl import evaluate, models, quality
+from b2diffurl.configuration import UserError, parse
+from b2diffurl.evaluate import bootstrap_interval, table
+from b2diffurl.quality import feature_distance
+
+
+def pictures(count, size=64):
+    noise = np.random.default_rng(0).integers(256, size=(count, size, size, 3), dtype=np.uint8)
+    return [Image.fromarray(picture) for picture in noise]
+
+
+def configure(*flags):
+    return parse(["x", "--config", "config/stage_process.py:shapes", *flags])[0]
 
 
 def test_diversity_is_the_mean_cosine_distance_of_pairs_within_a_prompt():
@@ -28,9 +45,19 @@ def test_interval_covers_the_mean_at_the_nominal_rate():
 
 
 def test_table_has_a_row_for_each_model_and_list():
-    row = {"images": 8, "reward": 0.1, "reward_interval": [0, 0.2], "diversity": 0.3}
+    row = {
+        "images": 8,
+        "reward": 0.1,
+        "reward_interval": [0, 0.2],
+    }
     results = [
-        {"model": m, "prompts": p, **row, **({"oracle": 0.5, "oracle_interval": [0.4, 0.6]} if p == "train" else {})}
+        {
+            "model": m,
+            "prompts": p,
+            **row,
+            **({"oracle": 0.5, "oracle_interval": [0.4, 0.6]} if p == "train" else {}),
+            "diversity": 0.3,
+        }
         for m in ("before", "after")
         for p in ("train", "held-out")
     ]
@@ -38,4 +65,95 @@ def test_table_has_a_row_for_each_model_and_list():
     assert [line.split()[:2] for line in lines[1:]] == [
         ["train", "before"], ["train", "after"], ["held-out", "before"], ["held-out", "after"],
     ]  # fmt: skip
+    assert lines[0].split() == ["prompts", "model", "images", "reward", "oracle", "alignment", "diversity"]
     assert "0.500 [0.400, 0.600]" in lines[1]
+    assert lines[3].split()[-2] == "-"
+
+
+def test_lpips_is_the_mean_over_the_pairs_of_a_prompt(monkeypatch):
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    random = alexnet()  # the real network; its weights cannot be downloaded here
+    monkeypatch.setattr("torchvision.models.alexnet", lambda weights: random)
+    measured = quality.Quality(configure("--config.evaluate.lpips=True"), torch.device("cpu"))
+    monkeypatch.setattr(quality, "LPIPS_PAIRS", 4)
+    images = pictures(6)
+    found = measured(images, 3)["lpips"]
+    alone = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)  # takes pixels in 0..1
+
+    def tensor(image):
+        return torch.from_numpy(np.asarray(image) / 255).float().permute(2, 0, 1)[None]
+
+    pairs = [(0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5)]
+    with torch.no_grad():
+        expected = np.mean([alone(tensor(images[i]), tensor(images[j])).item() for i, j in pairs])
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found > 0.01
+    assert measured(images, 1)["lpips"] == 0
+
+
+def test_inception_score_is_the_exponential_of_the_mean_divergence():
+    from torchmetrics.image.inception import InceptionScore
+
+    class Logits(torch.nn.Module):
+        def forward(self, x):
+            return x.float().mean((2, 3)) / 3
+
+    images = pictures(40, 8)
+    mean, _ = quality.inception_score(InceptionScore(Logits(), splits=1), images)
+    logits = np.stack([np.asarray(image).reshape(-1, 3).mean(0) / 3 for image in images])
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert mean == pytest.approx(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()), rel=1e-4)
+    split = InceptionScore(Logits(), splits=10)
+    assert quality.inception_score(split, images) == quality.inception_score(split, images)  # whatever the global seed
+
+
+def test_missing_weights_of_a_measure_are_named_before_anything_is_sampled(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for switch in ("lpips", "inception_score"):
+        with pytest.raises(UserError, match=rf"put them into {tmp_path}.*--config\.evaluate\.{switch}=False"):
+            quality.Quality(configure(f"--config.evaluate.{switch}=True"), torch.device("cpu"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    config = configure()
+    unet = models.load_unet(config)
+    lora = models.add_lora(unet, config)
+    torch.manual_seed(0)
+    for parameter in lora.values():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    (tmp_path / "lora").mkdir()
+    models.save_lora(unet, tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def test_evaluation_does_not_depend_on_the_batch_and_takes_a_list_of_ones_own(checkpoint, tmp_path, monkeypatch):
+    for name in ("config", "model", "prompts"):  # the log is written below the working directory
+        (tmp_path / name).symlink_to(pathlib.Path(name).resolve())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text('["a red circle", "a purple zebra", "a blue ring"]')
+    reward = "--config.reward.name=jpeg_compressibility:0.5 + clip"
+    stored = []
+    for batch_size in ("3", "16"):
+        steps = (f"--config.{setting}" for setting in ("sample.num_steps=4", "schedule.left=2", "schedule.right=4"))
+        config = configure(reward, *steps)
+        evaluate.main(config, str(checkpoint), f"out{batch_size}", "mine.json", "5", batch_size)
+        stored.append(json.loads((tmp_path / f"out{batch_size}/eval.json").read_text()))
+    assert stored[0] == stored[1]  # images_sha256 among them
+    before, after = stored[0]["results"]
+    assert before["images_sha256"] != after["images_sha256"]
+    assert (before["model"], before["prompts"], before["images"]) == ("before", "mine", 15)
+    assert before["reward"] == pytest.approx(0.5 * before["jpeg_compressibility"] + before["clip"])
+    assert "oracle" not in before  # a zebra is not of its world
+    with Image.open(tmp_path / "out3/before_after.png") as sheet:
+        assert sheet.height > 3 * 96
+    for flags in (("mine.json", "0", ""), ("mine.json", "", "many")):
+        with pytest.raises(UserError, match="must be a whole number of at least 1"):
+            evaluate.main(config, str(checkpoint), "out", *flags)

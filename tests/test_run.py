@@ -307,7 +307,9 @@ def test_half_precision_runs_on_the_cpu(tmp_path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("[float('nan')] * len(images)", r"config\.reward\.name='mine:reward' returned 9 non-finite"),
+        ("[float('nan')] * len(images)", r"config\.reward\.name: 'mine:reward' returned 9 non-finite"),
+        ("['good'] * len(images)", r"'mine:reward' returned no numbers"),
+        ("[0.5] * len(images)", r"'mine:reward' gave all 9 images the same reward 0\.5"),
         ("[1.0]", r"returned shape \(1,\)"),
     ],
 )
@@ -331,6 +333,26 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     run_stage(tmp_path, 0, "--config.reward.name=own:reward")
     scores = json.loads((tmp_path / "t/stage0/scores.json").read_text())["scores"]
     assert all(s["reward"] == int(s["reward"]) for s in scores)
+
+
+def test_a_later_stage_whose_rewards_are_all_the_same_trains_on_nothing(tmp_path, monkeypatch):
+    (tmp_path / "flat.py").write_text(
+        "calls = []\n\n\ndef reward(images, prompts):\n    calls.append(1)\n"
+        "    return [i.getpixel((0, 0))[0] if len(calls) == 1 else 1.0 for i in images]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for stage in range(2):
+        run_stage(tmp_path, stage, "--config.reward.name=flat:reward", "--config.method=ddpo")
+    kept = [r["select/kept"] for r in metrics_of(tmp_path) if r["step"] == "select"]
+    assert kept == [9, 0]
+
+
+def test_parts_of_a_mix_are_logged_by_themselves(tmp_path):
+    run_stage(tmp_path, 0, "--config.reward.name=clip + jpeg_compressibility:0.1")
+    line = next(r for r in metrics_of(tmp_path) if r["step"] == "select")
+    mixed = line["reward/clip"] + 0.1 * line["reward/jpeg_compressibility"]
+    assert line["reward/mean"] == pytest.approx(mixed, abs=1e-5)
+    assert line["reward/jpeg_compressibility"] < 0 < line["reward/clip"]
 
 
 def test_steps_out_of_order_say_what_to_run_first(tmp_path):

@@ -1,43 +1,100 @@
 """Rewards: one file each, one common call `reward(images, prompts) -> (N,)`, higher is better.
 
-images are N PIL images, prompts N strings; config.reward.name is "clip" or your own "package.module:function".
+images are N PIL images, prompts N strings. config.reward.name is one of configuration.REWARDS, your own
+"package.module:function", or a weighted mix of them: "clip:1.0 + aesthetic:0.2".
 """
 
 import importlib
 
 import torch
 
-from ..configuration import UserError
+from ..configuration import UserError, reward_parts
+
+
+class Reward:
+    """The weighted sum of rewards; parts: [(name, weight, reward(images, prompts) -> N numbers)]."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def score(self, images, prompts):
+        """The sum, float64 numpy (N,), and {name: the same} of its parts; UserError for a bad shape or score."""
+        found = {name: _checked(name, reward(images, prompts), prompts) for name, _, reward in self.parts}
+        return sum(weight * found[name] for name, weight, _ in self.parts), found
+
+    def __call__(self, images, prompts):
+        """N PIL images and their prompts -> (N,) float32."""
+        return torch.from_numpy(self.score(images, prompts)[0]).float()
 
 
 def load_reward(config, device):
-    """The reward that config.reward.name names, loaded once; a user's function is taken as it is."""
-    if config.reward.name == "clip":
+    """The Reward that config.reward.name names, each part loaded once, on the device, in the run's precision."""
+    return Reward([(name, weight, _load(name, config, device)) for name, weight in reward_parts(config.reward.name)])
+
+
+def _load(name, config, device):
+    from ..models import DTYPES
+
+    reward, dtype = config.reward, DTYPES[config.mixed_precision]
+    where = {"batch_size": reward.batch_size, "device": device}
+    if name == "clip":
         return load_clip(config, device)
-    module, _, function = config.reward.name.partition(":")
+    if name == "bertscore":
+        from .bertscore import BertScore
+
+        return BertScore(reward.llava_model, reward.bert_model, reward.bert_layer, **where, dtype=dtype)
+    if name == "aesthetic":
+        from .aesthetic import Aesthetic
+
+        return Aesthetic(reward.aesthetic_model, reward.aesthetic_head, **where, dtype=dtype)
+    if name == "pickscore":
+        from .pickscore import PickScore
+
+        return PickScore(reward.pickscore_model, **where, dtype=dtype)
+    if name == "hpsv2":
+        from .hpsv2 import HpsV2
+
+        return HpsV2(reward.hpsv2_model, reward.hpsv2_weights, **where, precision=config.mixed_precision)
+    if name.startswith("jpeg_"):
+        from . import jpeg
+
+        return jpeg.compressibility if name == "jpeg_compressibility" else jpeg.incompressibility
+    return user_function(name)
+
+
+def user_function(name):
+    """The function of a "package.module:function"; UserError where it does not import."""
+    module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"config.reward.name={config.reward.name!r} does not load: {error}") from None
+        raise UserError(f"config.reward.name={name!r} does not load: {error}") from None
 
 
 def load_clip(config, device):
     """The OpenCLIP model of config.reward: the reward "clip", and the features of the diversity measure."""
     from .clip import ClipReward
 
-    return ClipReward(config.reward.model, config.reward.weights, config.reward.batch_size, device)
+    reward = config.reward
+    return ClipReward(reward.model, reward.weights, reward.batch_size, device, config.mixed_precision)
 
 
-def score(reward, config, images, prompts):
-    """reward(images, prompts), checked -> float64 numpy (N,). UserError for another shape or a non-finite score."""
-    raw = torch.as_tensor(reward(images, prompts)).detach().double().cpu()
-    if raw.shape != (len(images),):
-        shape = tuple(raw.shape)
-        raise UserError(f"config.reward.name={config.reward.name!r} returned shape {shape}, not ({len(images)},)")
+def clip_of(reward, config, device):
+    """load_clip's model: the one that is a part of the loaded Reward, where one is."""
+    return next((part for name, _, part in reward.parts if name == "clip"), None) or load_clip(config, device)
+
+
+def _checked(name, raw, prompts):
+    try:
+        raw = torch.as_tensor(raw).detach().double().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"config.reward.name: {name!r} returned no numbers ({error})") from None
+    if raw.shape != (len(prompts),):
+        raise UserError(f"config.reward.name: {name!r} returned shape {tuple(raw.shape)}, not ({len(prompts)},)")
     if bad := int((~raw.isfinite()).sum()):
         first = prompts[int((~raw.isfinite()).nonzero()[0])]
         raise UserError(
-            f"config.reward.name={config.reward.name!r} returned {bad} non-finite scores of {len(raw)}, the first for "
-            f"{first!r}: nothing was written; mend the reward and run the same command again"
+            f"config.reward.name: {name!r} returned {bad} non-finite scores of {len(raw)}, the first for {first!r}: "
+            "nothing was written; mend the reward and run the same command again"
         )
     return raw.numpy()

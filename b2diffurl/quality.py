@@ -1,0 +1,98 @@
+"""What the pictures of a prompt list are like, beside their reward: diversity within prompts, Inception Score.
+
+LPIPS and the Inception Score are torchmetrics'; they need weights that torchvision and torch-fidelity download.
+"""
+
+import itertools
+import warnings
+
+import numpy as np
+import torch
+
+from .configuration import UserError
+
+LPIPS_PAIRS = 64  # pairs of pictures a call
+INCEPTION_IMAGES = 32  # pictures a call
+SPLITS = 10  # of the Inception Score (Salimans et al., arXiv 1606.03498)
+
+
+def feature_distance(features):
+    """Mean cosine distance between the images of one prompt; features (prompts, images, D) are unit vectors."""
+    count = features.shape[1]
+    if count < 2:
+        return 0.0
+    total = features.sum(1)
+    mean_cosine = ((total**2).sum(1) - count) / (count * (count - 1))
+    return float(1 - mean_cosine.mean())
+
+
+class Quality:
+    """The measures that config.evaluate asks for and that need a network of their own, loaded once."""
+
+    def __init__(self, config, device):
+        self.device, self.lpips, self.inception = device, None, None
+        if config.evaluate.lpips:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+            with _weights("LPIPS", "evaluate.lpips"):
+                self.lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(device)
+        if config.evaluate.inception_score:
+            from torchmetrics.image.inception import InceptionScore
+
+            with _weights("the Inception Score", "evaluate.inception_score"):
+                self.inception = InceptionScore(splits=SPLITS).to(device)
+
+    def __call__(self, images, count):
+        """PIL images of 64x64 pixels at least, `count` a prompt, in order -> {name: figure}."""
+        values = {}
+        if self.lpips is not None:
+            values["lpips"] = lpips_distance(self.lpips, images, count)
+        if self.inception is not None:
+            values["inception_score"], values["inception_score_std"] = inception_score(self.inception, images)
+        return values
+
+
+def lpips_distance(metric, images, count):
+    """Mean LPIPS (AlexNet, Zhang et al., arXiv 1801.03924) over all pairs of images of one prompt; 0 for one image."""
+    pairs = [
+        (first + i, first + j)
+        for first in range(0, len(images), count)
+        for i, j in itertools.combinations(range(count), 2)
+    ]
+    metric.reset()
+    for first in range(0, len(pairs), LPIPS_PAIRS):
+        left, right = zip(*pairs[first : first + LPIPS_PAIRS], strict=True)
+        sides = (_pixels([images[i] for i in side]).to(metric.device) / 127.5 - 1 for side in (left, right))
+        metric.update(*sides)
+    return metric.compute().item() if pairs else 0.0
+
+
+def inception_score(metric, images):
+    """(mean, standard deviation) over SPLITS parts of the images, the parts drawn by a fixed seed."""
+    metric.reset()
+    for first in range(0, len(images), INCEPTION_IMAGES):
+        metric.update(_pixels(images[first : first + INCEPTION_IMAGES]).to(metric.device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # torchmetrics cuts the parts from a random order
+        mean, std = metric.compute()
+    return mean.item(), std.item()
+
+
+def _pixels(images):
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+
+class _weights(warnings.catch_warnings):
+    """Loading a metric's network: quiet, and a UserError that names the switch where its weights cannot be had."""
+
+    def __init__(self, what, setting):
+        super().__init__(action="ignore")
+        self.what, self.setting = what, setting
+
+    def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"the weights of {self.what} cannot be downloaded ({error}): put them into "
+                f"{torch.hub.get_dir()}/checkpoints, or leave it out with --config.{self.setting}=False"
+            ) from None

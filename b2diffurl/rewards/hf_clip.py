@@ -1,0 +1,50 @@
+"""CLIP by transformers, for the rewards whose weights are published in that form."""
+
+import torch
+
+from ..configuration import UserError
+
+
+class HuggingFaceClip:
+    """Unit features of a CLIPModel; model: a hub id or a local folder with model, tokenizer and image processor.
+
+    setting: the configuration's name of `model`, for the error message.
+    """
+
+    def __init__(self, setting, model, batch_size, device, dtype):
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        try:
+            self.model = CLIPModel.from_pretrained(model, dtype=dtype, use_safetensors=True).to(device).eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(model)
+            self.processor = CLIPImageProcessor.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"config.reward.{setting}={model!r} does not load: {reason}; download that repository from "
+                f"huggingface.co into a folder and give --config.reward.{setting}=FOLDER"
+            ) from None
+        self.batch_size, self.device, self.dtype = batch_size, device, dtype
+
+    @torch.no_grad()
+    def of_images(self, images):
+        """PIL images -> (N, D) float32 unit vectors."""
+        parts = []
+        for first in range(0, len(images), self.batch_size):
+            pixels = self.processor(images[first : first + self.batch_size], return_tensors="pt").pixel_values
+            parts.append(self.model.get_image_features(pixels.to(self.device, self.dtype)).pooler_output.float())
+        return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+
+    @torch.no_grad()
+    def of_texts(self, texts):
+        """Strings -> (N, D) float32 unit vectors; long ones are cut at the model's length."""
+        parts = []
+        for first in range(0, len(texts), self.batch_size):
+            batch = self.tokenizer(
+                texts[first : first + self.batch_size], padding=True, truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt",
+            )  # fmt: skip
+            parts.append(self.model.get_text_features(**batch.to(self.device)).pooler_output.float())
+        return torch.nn.functional.normalize(torch.cat(parts), dim=1)
