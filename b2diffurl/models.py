@@ -178,9 +178,17 @@ def _trainable(unet):
     return {name: p for name, p in unet.named_parameters() if ".lora_" in name}
 
 
-def save_lora(unet, folder):
-    """Write pytorch_lora_weights.safetensors, as StableDiffusionPipeline.load_lora_weights(folder) reads it."""
+def save_lora(unet, folder, metadata=None):
+    """Write pytorch_lora_weights.safetensors, as StableDiffusionPipeline.load_lora_weights(folder) reads it.
+
+    metadata: {name: text} for the file's header, which loaders pass over.
+    """
     from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
     from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
 
-    StableDiffusionLoraLoaderMixin.save_lora_weights(os.fspath(folder), get_peft_model_state_dict(unet))
+    StableDiffusionLoraLoaderMixin.save_lora_weights(
+        os.fspath(folder),
+        get_peft_model_state_dict(unet),
+        save_function=lambda weights, path: save_file(weights, path, {"format": "pt", **(metadata or {})}),
+    )

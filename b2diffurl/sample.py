@@ -9,6 +9,7 @@ from PIL import Image
 from . import files, metrics, models
 from .configuration import METHODS, UserError, interval_of, read_prompts
 from .noise import draw_prompts, stream_seed
+from .tracking import track
 
 
 def main(config, started=None):
@@ -64,7 +65,7 @@ def main(config, started=None):
     }
     metrics.record(run.metrics, config, "sample", values)
     files.write_json(run.stage / "samples.json", rows)
-    metrics.track(config, "sample", values, log)
+    track(config, "sample", values, log)
     log.info(
         f"stage {config.stage} sample: {len(rows)} images, last {interval[1] - interval[0]} of {interval[1]} steps "
         f"branch, {speed:.1f} images/s, {seconds:.1f} s"

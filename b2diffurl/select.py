@@ -13,6 +13,7 @@ from .rewards import load_reward
 from .rewards.history import RewardHistory
 from .selection import select_contrasts
 from .shapes.oracle import verdicts
+from .tracking import track
 
 
 def main(config, started=None):
@@ -74,7 +75,7 @@ def main(config, started=None):
         for i, (row, r, n) in enumerate(zip(rows, raw, normalised, strict=True))
     ]
     files.write_json(run.stage / "scores.json", {"scores": scores, "history": history.state()})
-    metrics.track(config, "select", values, log)
+    track(config, "select", values, log, images[:: config.sample.branches][:8])
     log.info(
         f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {len(kept)} of "
         f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if right is not None else "")

@@ -1,14 +1,17 @@
 """Step 3 of a stage: update the LoRA on the current interval with the selected trajectories."""
 
+import hashlib
+import json
 import time
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from . import adam, curves, files, metrics, models
-from .configuration import UserError
+from .configuration import UserError, interval_of
 from .losses import weigh_advantages
 from .noise import stream_seed
+from .tracking import track
 from .training import Pairs, plan_updates, pretrained_means, train_epochs
 from .value import Baseline
 
@@ -48,15 +51,15 @@ def main(config, started=None):
         unet.enable_gradient_checkpointing()
     loaded = time.perf_counter()
     with files.fresh_folder(target) as folder:
-        save_checkpoint(unet, optimizer, lora, folder / "checkpoint_0")
+        save_checkpoint(config, unet, optimizer, lora, folder / "checkpoint_0")
         values = _train(config, run, selected, unet, scheduler, optimizer, lora, baseline)
-        save_checkpoint(unet, optimizer, lora, folder / "checkpoint_1")
+        save_checkpoint(config, unet, optimizer, lora, folder / "checkpoint_1")
         if baseline:
             baseline.save(folder / "checkpoint_1/value.safetensors")
         values["perf/startup_s"] = round(loaded - started, 3)
         values["time_s"] = round(time.perf_counter() - started, 3)
         metrics.record(run.metrics, config, "train", values)
-    metrics.track(config, "train", values, log)
+    track(config, "train", values, log)
     curves.draw(run)
     if values["train/updates"]:
         log.info(
@@ -155,6 +158,20 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora, baseline):
     }
 
 
+def provenance(config):
+    """What a LoRA file says of itself, {name: text}: base model, run, stage, interval, hash of the run's settings."""
+    start, stop = interval_of(config)
+    settings = json.dumps(files.settings_that_matter(config), sort_keys=True)
+    return {
+        "base_model": config.pretrained.model,
+        "base_revision": config.pretrained.revision,
+        "exp_name": config.exp_name,
+        "stage": str(config.stage),
+        "interval": f"{start}:{stop} of {config.sample.num_steps}",
+        "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+    }
+
+
 def build_optimizer(config, lora):
     """AdamW over the LoRA parameters, {name: float32 parameter}; a linear learning rate falls stage by stage to 0."""
     train = config.train
@@ -168,8 +185,8 @@ def build_optimizer(config, lora):
     )
 
 
-def save_checkpoint(unet, optimizer, lora, folder):
-    """The LoRA in diffusers' form, and AdamW's state by parameter name in optimizer.safetensors."""
+def save_checkpoint(config, unet, optimizer, lora, folder):
+    """The LoRA in diffusers' form with what made it as metadata, and AdamW's state in optimizer.safetensors."""
     folder.mkdir()
-    models.save_lora(unet, folder)
+    models.save_lora(unet, folder, provenance(config))
     files.write_tensors(folder / "optimizer.safetensors", adam.state_of(optimizer, lora))

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from b2diffurl import models, sample, select, train
@@ -160,6 +161,10 @@ def test_stock_diffusers_reads_the_lora(finished):
         models.load_lora(ours, checkpoint)
         torch.testing.assert_close(ours(x, t, e).sample, stock)
     assert (stock - base).abs().max() > 1e-5
+    with safe_open(checkpoint / "pytorch_lora_weights.safetensors", framework="pt") as stored:
+        said = stored.metadata()
+    assert (said["base_model"], said["stage"], said["interval"]) == ("model/shapes/pipeline", "1", "1:5 of 5")
+    assert len(said["config_sha256"]) == 64
 
 
 def test_finished_work_is_recognised(finished):

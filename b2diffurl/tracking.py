@@ -1,0 +1,38 @@
+"""Sending a run's figures and pictures to a tracker of accelerate's: one run per experiment, whatever the process."""
+
+import functools
+import importlib.util
+
+
+def track(config, step, values, log, images=()):
+    """Send a finished step's figures, and PIL images where given, to config.log_with; "" sends nothing.
+
+    Called when the step's files are in place; a failure there is a warning and costs nothing here.
+    """
+    if not config.log_with:
+        return
+    try:
+        if importlib.util.find_spec(config.log_with) is None:
+            raise ModuleNotFoundError(f"{config.log_with} is not installed")
+        tracker = _tracker(config.log_with, config.exp_name, config.to_json_best_effort())
+        tracker.log({"stage": config.stage, **{_unique(step, name): value for name, value in values.items()}})
+        if images:
+            tracker.log_images({f"{step}/images": list(images)})
+    except Exception as error:
+        log.warning(f"stage {config.stage} {step}: not sent to {config.log_with} ({error})")
+
+
+def _unique(step, name):
+    """The figure's name; with the step's where every step has one of that name."""
+    return f"{step}/{name}" if "/" not in name or name.startswith("perf/") else name
+
+
+@functools.cache
+def _tracker(kind, exp_name, settings):
+    """The experiment's tracker, one a process; every process continues the run whose id is the experiment's name."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=kind)
+    options = {"id": exp_name, "name": exp_name, "resume": "allow", "dir": "log"}
+    accelerator.init_trackers("b2diffurl", config={"config": settings}, init_kwargs={kind: options})
+    return accelerator.get_tracker(kind)

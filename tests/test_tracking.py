@@ -1,0 +1,68 @@
+"""One tracked run per experiment, by the real wandb in offline mode; a tracker's failure costs a warning."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+from PIL import Image
+
+from b2diffurl import tracking
+
+STEP = """
+import logging
+from PIL import Image
+from b2diffurl.configuration import parse
+from b2diffurl.tracking import track
+
+flags = ["--config.log_with=wandb", "--config.exp_name=mine"]
+config = parse(["x", "--config", "config/stage_process.py:shapes", *flags])[0]
+images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+track(config, "sample", {"perf/images_per_s": 2.0, "time_s": 1.0}, logging.getLogger())
+track(config, "select", {"reward/mean": 0.25, "time_s": 3.0}, logging.getLogger(), images)
+"""
+
+
+def test_every_process_continues_the_experiments_run_and_sends_its_pictures(tmp_path):
+    (tmp_path / "log").mkdir()
+    for name in ("config", "model", "prompts"):
+        (tmp_path / name).symlink_to(os.path.abspath(name))
+    environment = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": os.getcwd()}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", STEP], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    runs = sorted((tmp_path / "log/wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    for run in runs:
+        stored = next(run.glob("*.wandb"))
+        assert stored.name == "run-mine.wandb"
+        data = stored.read_bytes()  # protocol buffers, uncompressed
+        for name in (b"reward/mean", b"sample/perf/images_per_s", b"sample/time_s", b"select/time_s", b"b2diffurl"):
+            assert name in data
+        assert len(list(run.glob("files/media/images/**/*.png"))) == 2
+
+
+@pytest.fixture
+def config():
+    return ml_collections.ConfigDict({"stage": 3, "exp_name": "run", "log_with": "not_a_tracker"})
+
+
+def test_a_tracker_that_is_missing_is_a_warning(config, caplog):
+    tracking.track(config, "train", {}, logging.getLogger("test"), [Image.new("RGB", (2, 2))])
+    assert "not sent to not_a_tracker (not_a_tracker is not installed)" in caplog.text
+    config.log_with = ""
+    caplog.clear()
+    tracking.track(config, "train", {}, logging.getLogger("test"))
+    assert caplog.text == ""
+
+
+def test_a_tracker_that_fails_is_a_warning(config, caplog, monkeypatch):
+    config.log_with = "wandb"
+
+    def fail(*args):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tracking, "_tracker", fail)
+    tracking.track(config, "train", {"train/loss": 1.0}, logging.getLogger("test"))
+    assert "stage 3 train: not sent to wandb (no route)" in caplog.text
