@@ -36,7 +36,8 @@ else
     done
   done
   "$PYTHON" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
+  "$PYTHON" -m b2diffurl.report "$folder" >/dev/null
 fi
 
-echo "Everything is in $folder: curves.png, before_after.png, metrics.jsonl, the LoRA in ${last#"$folder"/}."
+echo "Everything is in $folder: report.html (open it in a browser), metrics.jsonl, the LoRA in ${last#"$folder"/}."
 echo "Next: try your own prompts with --config.prompts.train=FILE --config.exp_name=NAME (see README.md)."

@@ -6,7 +6,6 @@ A preset whose models are on the hub is measured with random weights of their ge
 
 import argparse
 import datetime
-import importlib.metadata
 import io
 import json
 import os
@@ -19,13 +18,12 @@ import tempfile
 import torch
 from PIL import Image
 
-from . import metrics, models, random_weights
+from . import files, metrics, models, random_weights
 from .configuration import METHODS, UserError, interval_of, read_prompts, run_main
 from .meter import count, fitting, machine, matmul_rate, peak_memory, seconds_a_call
 from .rewards import load_reward
 from .training import Pairs, accumulate, loss_scale
 
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
 GEOMETRY_OF = "CompVis/stable-diffusion-v1-4"  # what random_weights.py makes
 MINIMAL = (  # a stage that does everything once: for the start-up times
     "--config.exp_name=bench_startup", "--config.stage=0", "--config.method=b2", "--config.sample.groups=1",
@@ -53,15 +51,14 @@ def main(config, flags, out, quick):
         starts = {}
         if ready or not quick:
             phases["scoring"] = measure_scoring(config, pictures, budget)
-            phases["scoring"]["peak"] = matmul_rate(torch.float32, budget / 3)  # OpenCLIP computes in float32
             starts = startup_seconds(
                 [*flags, *found, f"--config.save_path={scratch}", *MINIMAL], scratch / "bench_startup"
             )
     for phase in phases.values():
-        phase["matmul_share"] = phase["flops_per_s"] / phase.get("peak", peak)
+        phase["matmul_share"] = phase["flops_per_s"] / peak
     result = {
         "date": str(datetime.date.today()), "machine": machine(), "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": files.versions(),
         "weights": weights if pathlib.Path(weights).is_dir() else f"random, geometry of {weights}",
         "precision": config.mixed_precision, "matmul_flops_per_s": peak, **model, "phases": phases,
         "startup_s": starts,

@@ -1,15 +1,18 @@
 """Where a run's files are, and how they are written: aside first, then renamed, so that no file is ever half there."""
 
 import contextlib
+import importlib.metadata
 import json
 import logging
 import os
 import pathlib
+import platform
 import shutil
 import sys
 
 from .configuration import UserError
 
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
 FREE = (
     "stage",
     "one_process",
@@ -24,12 +27,22 @@ FREE = (
 )
 
 
-def settings_that_matter(config):
-    """{dotted name: value} of all settings that a run's results depend on."""
-    flat = {}
+def flat(config):
+    """{dotted name: value} of all settings."""
+    settings = {}
     for name, value in config.to_dict().items():
-        flat.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})
-    return {name: value for name, value in flat.items() if not name.startswith(FREE)}
+        settings.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})
+    return settings
+
+
+def that_matter(settings):
+    """Those of flat settings that a run's results depend on."""
+    return {name: value for name, value in settings.items() if not name.startswith(FREE)}
+
+
+def versions():
+    """{name: version} of Python and of the libraries that results depend on; nothing is imported."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
 
 
 class Run:
@@ -43,15 +56,16 @@ class Run:
         self.metrics = self.folder / "metrics.jsonl"
 
     def pin(self, config):
-        """Remember the configuration of the run's first step; UserError if a later step comes with another.
+        """Keep configuration and versions of the run's first step; UserError if a later step is configured otherwise.
 
         What only changes speed, reporting or the evaluation may change: see FREE.
         """
-        pinned, path = settings_that_matter(config), self.folder / "config.json"
+        settings, path = flat(config), self.folder / "config.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_json(path, pinned)
-        stored = read_json(path, "the run")
+            write_json(self.folder / "versions.json", versions())
+            write_json(path, settings)
+        stored, pinned = that_matter(read_json(path, "the run")), that_matter(settings)
         changed = [name for name in sorted({*stored, *pinned}) if stored.get(name) != pinned.get(name)]
         if changed:
             what = ", ".join(f"config.{name} was {stored.get(name)!r}, now {pinned.get(name)!r}" for name in changed)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from . import files, metrics, models
 from .configuration import METHODS, UserError
+from .quality import feature_distance
 from .rewards import load_reward
 from .rewards.history import RewardHistory
 from .selection import select_contrasts
@@ -61,6 +62,9 @@ def main(config, started=None):
     }
     if len(parts) > 1:
         values |= {f"reward/{name}": part.mean() for name, part in parts.items()}
+    clip = next((part for name, _, part in reward.parts if name == "clip"), None)
+    if clip and config.sample.groups > 1:
+        values["diversity/clip"] = between_groups(clip, images, prompts, config.sample.branches)
     right = verdicts(images, prompts) if config.evaluate.oracle else None
     if right is not None:
         values["oracle/alignment"] = right.mean()
@@ -93,6 +97,14 @@ def keep(config, normalised):
         return list(range(len(normalised)))
     pairs = select_contrasts(normalised.reshape(-1, branches), config.select.pos_threshold, config.select.neg_threshold)
     return [group * branches + branch for group, branch in pairs]
+
+
+def between_groups(clip, images, prompts, branches):
+    """Mean CLIP-feature distance between images of one prompt and different groups: the groups' first branches."""
+    features, own = clip.features(images[::branches]).cpu().numpy(), prompts[::branches]
+    of_prompt = [features[[p == prompt for p in own]][None] for prompt in dict.fromkeys(own)]
+    pairs = [f.shape[1] * (f.shape[1] - 1) for f in of_prompt]
+    return float(np.average([feature_distance(f) for f in of_prompt], weights=pairs)) if sum(pairs) else 0.0
 
 
 def within_group_std(rewards):

@@ -161,7 +161,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora, baseline):
 def provenance(config):
     """What a LoRA file says of itself, {name: text}: base model, run, stage, interval, hash of the run's settings."""
     start, stop = interval_of(config)
-    settings = json.dumps(files.settings_that_matter(config), sort_keys=True)
+    settings = json.dumps(files.that_matter(files.flat(config)), sort_keys=True)
     return {
         "base_model": config.pretrained.model,
         "base_revision": config.pretrained.revision,

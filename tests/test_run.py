@@ -352,6 +352,22 @@ def test_a_later_stage_whose_rewards_are_all_the_same_trains_on_nothing(tmp_path
     assert kept == [9, 0]
 
 
+def test_diversity_compares_images_of_one_prompt_and_different_groups():
+    vectors = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+
+    class Clip:
+        def features(self, images):
+            return vectors[images]
+
+    own = ["a", "b", "a", "a", "b", "c"]  # of the groups; two branches each
+    prompts = [prompt for prompt in own for _ in range(2)]
+    images = [group for group in range(6) for _ in range(2)]
+    pairs = [1 - vectors[i] @ vectors[j] for i in range(6) for j in range(i) if own[i] == own[j]]
+    found = select.between_groups(Clip(), images, prompts, 2)
+    assert found == pytest.approx(torch.stack(pairs).mean().item())
+    assert select.between_groups(Clip(), [5, 5], ["c", "c"], 2) == 0
+
+
 def test_parts_of_a_mix_are_logged_by_themselves(tmp_path):
     run_stage(tmp_path, 0, "--config.reward.name=clip + jpeg_compressibility:0.1")
     line = next(r for r in metrics_of(tmp_path) if r["step"] == "select")

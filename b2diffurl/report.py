@@ -1,0 +1,192 @@
+"""One self-contained HTML page of a run, finished or not: `python -m b2diffurl.report model/lora/<exp_name>`."""
+
+import base64
+import io
+import json
+import os
+import pathlib
+import sys
+
+import jinja2
+from PIL import Image
+
+from . import files, metrics
+from .configuration import UserError
+from .evaluate import table
+
+CHARTS = (  # title, what it says, step, {figure: label}, against
+    ("Reward", "Mean over the stage's images, before that stage's training.", "select", {"reward/mean": ""}, "queries"),
+    ("Oracle alignment", "Share of the stage's images that show what their prompt says. Never trained on: where it "
+     "parts from the reward, the reward is gamed.", "select", {"oracle/alignment": ""}, "queries"),
+    ("Diversity", "Mean CLIP-feature distance between a prompt's images of different groups. A fall to 0 is a "
+     "collapse.", "select", {"diversity/clip": ""}, "queries"),
+    ("Reward spread", "Standard deviation over all images, and within branch groups: what the interval decides.",
+     "select", {"reward/std": "all", "reward/std_within_groups": "within groups"}, "stage"),
+    ("Interval", "How many of the last denoising steps are trained.", "sample", {"interval/length": ""}, "stage"),
+    ("Kept samples", "Images that passed the selection, and those of them that were their group's best.", "select",
+     {"select/kept": "kept", "select/kept_best": "best"}, "stage"),
+    ("Ratio", "The probability ratio of the stage's first update is 1 but for rounding; this is how far it is off.",
+     "train", {"policy/ratio_first_error": "largest |ratio - 1|"}, "stage"),
+    ("Clip fraction", "Share of (sample, step) pairs beyond the clip range.", "train", {"policy/clipfrac": ""},
+     "stage"),
+    ("KL", "Mean (log ratio)² / 2 to the policy that sampled; nats a dimension with averaged log-probabilities.",
+     "train", {"policy/approx_kl": "", "policy/kl_pretrained": "to the base model"}, "stage"),
+    ("Gradient norm", "Before clipping, mean and largest of a stage's updates. A steady rise comes before a collapse.",
+     "train", {"train/grad_norm": "mean", "train/grad_norm_max": "largest"}, "stage"),
+)  # fmt: skip
+STEPS = ("sample", "select", "train")
+GROUPS = 6  # of a stage, shown
+THUMBNAIL = 160  # pixels, the most that a picture is embedded with
+
+
+def main(folder):
+    """Write <folder>/report.html. Raises UserError where there is no run."""
+    folder = pathlib.Path(folder)
+    records = metrics.read(folder / "metrics.jsonl")
+    if not records:
+        raise UserError(f"{folder}: no run there (no metrics.jsonl, or an empty one)")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        name=folder.name,
+        status=status(folder, records),
+        charts=charts(records),
+        stages=[sheet(folder / f"stage{stage}", stage) for stage in shown_stages(folder)],
+        evaluation=evaluation(folder),
+        settings=read(folder / "config.json"),
+        versions=read(folder / "versions.json"),
+    )
+    aside = folder / "report.html.tmp"
+    aside.write_text(page, encoding="utf-8")
+    os.replace(aside, folder / "report.html")
+
+
+def read(path):
+    """A JSON file of the run, None where it is not there (yet)."""
+    return files.read_json(path, "the run") if path.exists() else None
+
+
+def status(folder, records):
+    """[(what, value)] for the head of the page."""
+    stage, step = max((r["stage"], STEPS.index(r["step"])) for r in records)
+    planned = (read(folder / "config.json") or {}).get("schedule.stage_count")
+    queries = [r["reward/queries"] for r in records if "reward/queries" in r]
+    over = planned == stage + 1 and step == len(STEPS) - 1
+    return [
+        ("state", "complete" if over else f"last finished: {STEPS[step]} of stage {stage}"),
+        ("stages", f"{stage + 1}" + (f" of {planned}" if planned else "")),
+        ("reward queries", f"{max(queries, default=0):,}"),
+        ("UNet evaluations", f"{sum(r.get('perf/unet_evals', 0) for r in records):,}"),
+        ("time", f"{sum(r['time_s'] for r in records) / 60:.1f} min"),
+    ]
+
+
+def charts(records):
+    """[{title, says, image}] of every chart that has data; the last one is the time by step."""
+    queries = {r["stage"]: r["reward/queries"] for r in records if "reward/queries" in r}
+    drawn = []
+    for title, says, step, figures, against in CHARTS:
+        series = {}
+        for figure, label in figures.items():
+            points = [(r["stage"], r[figure]) for r in records if r["step"] == step and figure in r]
+            if against == "queries":
+                points = [(queries[stage], value) for stage, value in points]
+            if points:
+                series[label] = points
+        if series:
+            across = "reward queries" if against == "queries" else "stage"
+            drawn.append({"title": title, "says": says, "image": line_chart(series, across)})
+    times = {step: [(r["stage"], r["time_s"]) for r in records if r["step"] == step] for step in STEPS}
+    drawn.append({"title": "Time", "says": "Seconds a step, by stage.", "image": line_chart(times, "stage")})
+    return drawn
+
+
+def line_chart(series, across):
+    """{label: [(x, y)]} -> an SVG as a data URI."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+    axes = figure.add_subplot()
+    for (label, points), colour in zip(series.items(), ("#2563eb", "#d97706", "#059669"), strict=False):
+        axes.plot(*zip(*sorted(points), strict=True), marker=".", color=colour, label=label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_xlabel(across)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize="small")
+    stream = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(stream)
+    return data_uri(stream.getvalue(), "svg+xml")
+
+
+def data_uri(data, kind):
+    """Bytes of an image file -> what an <img> takes without a request."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def shown_stages(folder):
+    """The first, the middle and the last of the stages that are scored and still have their pictures."""
+    found = sorted(
+        int(path.parent.name.removeprefix("stage"))
+        for path in folder.glob("stage*/scores.json")
+        if (path.parent / "images").is_dir()
+    )
+    return sorted({found[0], found[len(found) // 2], found[-1]}) if found else []
+
+
+def sheet(folder, stage):
+    """{stage, groups}: its first branch groups, every ending with its reward and whether it was kept."""
+    rows, groups = files.read_json(folder / "scores.json", "run_select.py")["scores"], {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    return {
+        "stage": stage,
+        "groups": [
+            {"prompt": group[0]["prompt"], "images": [tile(folder, row, group) for row in group]}
+            for group in list(groups.values())[:GROUPS]
+        ],
+    }
+
+
+def tile(folder, row, group):
+    """One ending of a group: picture, reward, normalised reward, and "best" or "worst" where it was kept as that."""
+    rewards = [other["reward"] for other in group]
+    kept = ("best" if row["reward"] == max(rewards) else "worst") if row["kept"] else ""
+    return {
+        "image": picture(folder / "images" / row["image"]),
+        "reward": row["reward"],
+        "normalised": row["normalised"],
+        "kept": kept,
+    }
+
+
+def picture(path):
+    """An image file -> a data URI of at most THUMBNAIL pixels a side."""
+    with Image.open(path) as image:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        stream = io.BytesIO()
+        image.convert("RGB").save(stream, "PNG" if max(image.size) < THUMBNAIL else "JPEG", quality=88)
+        return data_uri(stream.getvalue(), "png" if max(image.size) < THUMBNAIL else "jpeg")
+
+
+def evaluation(folder):
+    """{table, image} of the before/after evaluation, None where it was not made yet."""
+    stored = read(folder / "eval.json")
+    if stored is None:
+        return None
+    image = (folder / "before_after.png").read_bytes()
+    return {"table": table(stored["results"]), "image": data_uri(image, "png")}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m b2diffurl.report model/lora/<exp_name>")
+    try:
+        main(sys.argv[1])
+    except (UserError, json.JSONDecodeError, OSError) as error:
+        sys.exit(f"report.py: {error}")
+    print(pathlib.Path(sys.argv[1]) / "report.html")
