@@ -21,6 +21,10 @@ prepare_environment requirements.txt
 config=(--config "config/stage_process.py:$PRESET" "$@")
 plan=$("$PYTHON" -m b2diffurl.plan "${config[@]}")
 read -r stages processes folder <<<"$plan"
+mkdir -p "$folder"
+exec 9>>"$folder/.lock"
+export B2DIFFURL_LOCK=9 # the steps use this descriptor, so the lock is held from here to the end
+"$PYTHON" -m b2diffurl.lock "$folder"
 last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
 
 if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process

@@ -11,4 +11,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, locked=True)

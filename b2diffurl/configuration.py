@@ -1,5 +1,6 @@
 """Reading the configuration from the command line and checking all of it before any model loads."""
 
+import errno
 import importlib.util
 import json
 import math
@@ -31,22 +32,41 @@ WEIGHTS = {  # reward -> the setting of a file that nothing downloads by itself,
 PRECISIONS = ("no", "fp16", "bf16")
 
 
+GO_ON = "then the same command goes on"
+NO_ROOM = {
+    errno.ENOSPC: f"Free some space (config.keep.* limits what a run keeps), {GO_ON}",
+    errno.EDQUOT: f"Free some of your quota (config.keep.* limits what a run keeps), {GO_ON}",
+    errno.EROFS: "Give a config.save_path that can be written, and start where log/ can be",
+    errno.EACCES: "Give a config.save_path that you may write, and start where log/ can be",
+}
+
+
 class UserError(Exception):
     """Something the user can mend; the message is one line that names the field or file and the way out."""
 
 
-def run_main(main, **options):
+def run_main(main, locked=False, **options):
     """Parse the command line, check the configuration, call main(config, **options); a UserError is one line, exit 1.
 
+    locked: hold the run's lock meanwhile.
     options: further string flags of the command with their defaults; a default of None makes the flag required.
     """
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("one process only: several would each train alone; start it without accelerate or torchrun")
         config, options = parse(sys.argv, options)
+        if locked:
+            from . import lock
+
+            lock.hold(pathlib.Path(config.save_path) / config.exp_name)
         main(config, **options)
     except UserError as error:
         sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        what = f"{error.strerror}: {error.filename or config.save_path}"
+        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {what}; what was finished is whole. {NO_ROOM[error.errno]}")
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
@@ -121,7 +141,7 @@ def check(config):
         "schedule.stage_count": 1, "schedule.left": 1, "sample.num_steps": 1, "sample.groups": 1, "sample.branches": 1,
         "sample.batch_size": 1, "reward.batch_size": 1, "select.history": 0, "train.batch_size": 1,
         "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.value_epochs": 1, "train.lora_rank": 1,
-        "evaluate.images_per_prompt": 1,
+        "evaluate.images_per_prompt": 1, "keep.images": 0, "keep.trajectories": 0, "keep.optimiser": 0,
     }  # fmt: skip
     for field, low in at_least.items():
         section, name = field.split(".")

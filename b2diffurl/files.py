@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import shutil
 import sys
 
@@ -16,6 +17,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
 FREE = (
     "stage",
     "one_process",
+    "keep.",
     "log_with",
     "save_path",
     "sample.batch_size",
@@ -92,13 +94,46 @@ def write_json(path, value):
     os.replace(aside, path)
 
 
-def write_tensors(path, tensors):
-    """Write a safetensors file atomically; tensors: {name: tensor}."""
+def write_tensors(path, tensors, metadata=None):
+    """Write a safetensors file atomically; tensors: {name: tensor}, metadata: {name: text}.
+
+    Raises OSError as Python's own files do, for example on a full disk.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     aside = path.with_name(path.name + ".tmp")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, aside)
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, aside, metadata)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
     os.replace(aside, path)
+
+
+PRUNED = {  # config.keep.<name> -> what goes, below a stage's folder
+    "images": ["images"],
+    "trajectories": ["samples.safetensors"],
+    "optimiser": ["checkpoints/checkpoint_0", "checkpoints/checkpoint_1/optimizer.safetensors"],
+}
+
+
+def prune(run, config):
+    """Delete what config.keep no longer keeps, when config.stage is complete."""
+    for name, parts in PRUNED.items():
+        oldest = config.stage - config.keep[name] if config.keep[name] else -1
+        for stage in range(oldest + 1):
+            for part in parts:
+                path = run.folder / f"stage{stage}" / part
+                if path.is_dir():
+                    aside = path.with_name(path.name + ".tmp")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(path, aside)  # half a folder would look like a whole one
+                    shutil.rmtree(aside)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def read_tensors(path, step):
@@ -139,6 +174,7 @@ def start_log(run):
     """Log to the terminal and to log/<exp_name>.log; returns the logger."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
     run.folder.mkdir(parents=True, exist_ok=True)
+    logging.raiseExceptions = False  # a full disk is reported once, by the file that matters
     log = logging.getLogger("b2diffurl")
     log.setLevel(logging.INFO)
     log.propagate = False

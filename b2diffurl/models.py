@@ -144,12 +144,18 @@ def add_lora(unet, config):
 
 
 def load_lora(unet, folder):
-    """Attach the LoRA of a checkpoint folder; trainable and float32."""
+    """Attach the LoRA of a checkpoint folder; trainable and float32. Raises UserError for another model's."""
     stored = files.read_tensors(pathlib.Path(folder) / "pytorch_lora_weights.safetensors", "run_train.py")
-    unet.load_lora_adapter(os.fspath(folder), prefix="unet", adapter_name="default", use_safetensors=True)
-    lora = _trainable(unet)
-    for name, parameter in lora.items():  # once more, since diffusers rounds what it loads to the UNet's precision
-        parameter.data.copy_(stored[f"unet.{name.replace('.default.', '.')}"])
+    try:
+        unet.load_lora_adapter(os.fspath(folder), prefix="unet", adapter_name="default", use_safetensors=True)
+        lora = _trainable(unet)
+        names = {f"unet.{name.replace('.default.', '.')}": parameter for name, parameter in lora.items()}
+        if foreign := names.keys() ^ stored.keys():  # diffusers passes over what it does not know
+            raise ValueError(f"{min(foreign)} is in one of them only")
+        for name, parameter in names.items():  # once more, since diffusers rounds what it loads to the UNet's precision
+            parameter.data.copy_(stored[name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no LoRA of this model: {str(error).splitlines()[0]}") from None
     return lora
 
 
@@ -185,10 +191,11 @@ def save_lora(unet, folder, metadata=None):
     """
     from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
     from peft.utils import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         os.fspath(folder),
         get_peft_model_state_dict(unet),
-        save_function=lambda weights, path: save_file(weights, path, {"format": "pt", **(metadata or {})}),
+        save_function=lambda weights, path: files.write_tensors(
+            pathlib.Path(path), weights, {"format": "pt", **(metadata or {})}
+        ),
     )

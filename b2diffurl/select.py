@@ -12,6 +12,7 @@ from .configuration import METHODS, UserError
 from .quality import feature_distance
 from .rewards import load_reward
 from .rewards.history import RewardHistory
+from .sample import plan
 from .selection import select_contrasts
 from .shapes.oracle import verdicts
 from .tracking import track
@@ -30,6 +31,8 @@ def main(config, started=None):
         log.info(f"stage {config.stage} select: complete already ({run.stage / 'scores.json'})")
         return
     rows = files.read_json(run.stage / "samples.json", "run_sample.py")
+    if rows != plan(config):
+        raise UserError(f"{run.stage} holds the samples of another run: delete it and run run_sample.py again")
     past = files.read_json(run.previous / "scores.json", "run_select.py")["history"] if run.previous else []
     models.prepare(config)
     reward = load_reward(config, models.device())

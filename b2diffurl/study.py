@@ -11,7 +11,6 @@ import itertools
 import multiprocessing
 import os
 import pathlib
-import shutil
 import signal
 import sys
 import threading
@@ -77,7 +76,7 @@ def configure(job, out, kind):
     settings = {
         "exp_name": f"{job.algorithm}_{job.method}_{job.place}_seed{job.seed}", "save_path": str(out / "runs"),
         "method": job.method, "seed": job.seed, "train.algorithm": job.algorithm, **GRID[job.algorithm][job.place],
-        **BUDGETS[kind],
+        **BUDGETS[kind], "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2,
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     return parse(["study", "--config", "config/stage_process.py:shapes", *flags])[0]
@@ -124,9 +123,6 @@ def run(job, out, kind):
                 files.write_json(stored, measure(config, files.checkpoint(place.stage)))
             row |= files.read_json(stored, "the study")
         rows.append(row)
-        for heavy in ("images", "samples.safetensors", "checkpoints/checkpoint_0"):  # gigabytes, over a whole study
-            path = place.stage / heavy
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return rows
 
 

@@ -59,6 +59,7 @@ def main(config, started=None):
         values["perf/startup_s"] = round(loaded - started, 3)
         values["time_s"] = round(time.perf_counter() - started, 3)
         metrics.record(run.metrics, config, "train", values)
+    files.prune(run, config)
     track(config, "train", values, log)
     curves.draw(run)
     if values["train/updates"]:
@@ -88,6 +89,9 @@ def load_pairs(config, run, index, normalised, device):
     with safe_open(run.stage / "samples.safetensors", framework="pt") as stored:
         latents, log_probs = stored.get_slice("latents"), stored.get_slice("log_probs")
         starts, rows = stored.get_tensor("start_latents"), index.tolist()
+        images = latents.get_shape()[0]
+        if images != config.sample.groups * config.sample.branches or not 0 <= min(rows) <= max(rows) < images:
+            raise UserError(f"{run.stage} holds files of another run: delete it and run all steps of the stage again")
         roots = index // (latents.get_shape()[0] // len(starts))
         return Pairs(
             latents=torch.cat([starts[roots][:, None], torch.cat([latents[i : i + 1] for i in rows])], dim=1).to(

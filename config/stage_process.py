@@ -28,6 +28,11 @@ def sdv1_4():
     config.one_process = False  # run_process.sh: True runs all steps in one warm process, False each in its own
     config.log_with = ""  # "wandb" also sends every metrics line there; "" does not
 
+    config.keep = ml_collections.ConfigDict()  # of how many stages, the latest ones, these stay on disk; 0: of all
+    config.keep.images = 0  # images/; 0.5 GB a stage here
+    config.keep.trajectories = 2  # samples.safetensors; 2 GB a stage here
+    config.keep.optimiser = 2  # checkpoint_0 and AdamW's state; the LoRA after a stage always stays
+
     config.pretrained = ml_collections.ConfigDict()
     config.pretrained.model = "CompVis/stable-diffusion-v1-4"  # a hub id or a local pipeline folder
     config.pretrained.revision = "main"  # of the hub id
@@ -112,6 +117,8 @@ def shapes():
     config = sdv1_4().unlock()
     config.exp_name = "shapes_b2"
     config.one_process = True  # starting Python three times takes as long as a stage here
+    config.keep.trajectories = 0
+    config.keep.optimiser = 0
     config.mixed_precision = "no"  # convolutions this small are slower in bf16 on a CPU
     config.pretrained.model = "model/shapes/pipeline"
     config.prompts.train = "prompts/shapes_attribute_train.json"

@@ -1,0 +1,173 @@
+"""Locks, full disks, foreign files, what is kept: nothing is lost, damaged or done twice."""
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from b2diffurl import files, lock, models, sample, select, train
+from b2diffurl.configuration import UserError, parse, run_main
+
+SMALL = (
+    "sample.groups=3", "sample.branches=3", "schedule.stage_count=4", "schedule.left=2", "schedule.right=3",
+    "sample.num_steps=3", "train.trajectories_per_update=2", "evaluate.images_per_prompt=2", "exp_name=t",
+    "select.pos_threshold=-9", "select.neg_threshold=9",
+)  # fmt: skip
+
+
+def flags(folder, *more):
+    settings = (*SMALL, f"save_path={folder}", *more)
+    return ["--config", "config/stage_process.py:shapes", *(f"--config.{s}" for s in settings)]
+
+
+def configure(folder, *more):
+    return parse(["x", *flags(folder, *more)])[0]
+
+
+def run_stage(folder, stage, *more):
+    for step in (sample, select, train):
+        step.main(configure(folder, f"stage={stage}", *more))
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("begun")
+    run_stage(folder, 0)
+    return folder
+
+
+def command(script, folder, *more):
+    done = subprocess.run([sys.executable, script, *flags(folder, *more)], capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stderr.strip().splitlines()
+
+
+def test_a_second_step_or_driver_is_refused_while_one_works(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import pathlib, sys; from b2diffurl import lock; lock.hold(pathlib.Path(sys.argv[1]));"
+         "print(flush=True); sys.stdin.read()", str(tmp_path / "t")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    holder.stdout.readline()
+    code, said = command("run_sample.py", tmp_path)
+    assert code == 1
+    assert said == [
+        f"run_sample.py: {tmp_path}/t is in use by another run_process.sh or step; wait for it or give another "
+        "config.exp_name"
+    ]
+    driver = subprocess.run(
+        ["bash", "run_process.sh", *flags(tmp_path)[2:]], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHON": sys.executable, "PRESET": "shapes"},
+    )  # fmt: skip
+    assert driver.returncode == 1
+    assert "is in use by another" in driver.stderr.splitlines()[-1]
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == [".lock"]
+    holder.kill()
+    holder.wait()
+    lock.hold(tmp_path / "t")  # kill -9 frees it
+
+
+def test_a_drivers_steps_share_its_lock(tmp_path, monkeypatch):
+    descriptor = os.open(tmp_path / ".lock", os.O_CREAT | os.O_RDWR)
+    monkeypatch.setenv(lock.INHERITED, str(descriptor))
+    lock.hold(tmp_path)
+    lock.hold(tmp_path)
+    os.close(descriptor)
+    lock.hold(tmp_path)  # a launcher between driver and step closed it: the driver still holds the lock
+    monkeypatch.delenv(lock.INHERITED)
+    monkeypatch.setenv("RANK", "1")
+    lock.hold(tmp_path)
+
+
+@pytest.mark.parametrize("step", [sample, select, train])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(begun, tmp_path, monkeypatch, step):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    steps = [sample, select, train]
+    for earlier in steps[: steps.index(step)]:
+        earlier.main(configure(tmp_path, "stage=1"))
+    before = {p: p.read_bytes() for p in (tmp_path / "t").glob("stage*/**/*") if p.is_file()}
+    save = save_file
+
+    def full(tensors, path, metadata=None):
+        if "stage1" in str(path):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(tensors, path, metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(sys, "argv", ["run_step.py", *flags(tmp_path, "stage=1")])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(step.main)
+    assert "No space left on device" in stopped.value.code
+    assert "the same command goes on" in stopped.value.code
+    assert "\n" not in stopped.value.code
+    assert {p: p.read_bytes() for p in before} == before
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    for rest in steps:
+        rest.main(configure(tmp_path, "stage=1"))
+    assert files.checkpoint(tmp_path / "t/stage1").is_dir()
+
+
+def test_other_errors_of_the_system_are_not_hidden(monkeypatch, tmp_path):
+    def broken(config):
+        raise OSError(errno.EIO, "Input/output error", "x")
+
+    monkeypatch.setattr(sys, "argv", ["run_step.py", *flags(tmp_path)])
+    with pytest.raises(OSError, match="Input/output error"):
+        run_main(broken)
+
+
+def test_files_of_another_run_are_refused(begun, tmp_path):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    stage = tmp_path / "t/stage0"
+    sample.main(configure(tmp_path / "other", "sample.groups=2"))
+    shutil.rmtree(stage / "checkpoints")
+    shutil.copy(tmp_path / "other/t/stage0/samples.safetensors", stage)
+    with pytest.raises(UserError, match="holds files of another run: delete it"):
+        train.main(configure(tmp_path))
+    (stage / "scores.json").unlink()
+    shutil.copy(tmp_path / "other/t/stage0/samples.json", stage)
+    with pytest.raises(UserError, match="holds the samples of another run: delete it"):
+        select.main(configure(tmp_path))
+    assert not (stage / "scores.json").exists()
+    assert not (stage / "checkpoints").exists()
+
+
+def test_a_foreign_lora_is_one_line(begun, tmp_path):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    path = files.checkpoint(tmp_path / "t/stage0") / "pytorch_lora_weights.safetensors"
+    stored = load_file(path)
+    for changed in ({k.replace("attn1", "attn9"): v for k, v in stored.items()}, {k: v[:1] for k, v in stored.items()}):
+        save_file({k: v.contiguous() for k, v in changed.items()}, path)
+        with pytest.raises(UserError, match="holds no LoRA of this model"):
+            models.load_lora(models.load_unet(configure(tmp_path)), path.parent)
+
+
+def test_only_what_config_keep_names_stays_and_the_result_is_the_same(tmp_path):
+    for stage in range(4):
+        run_stage(tmp_path / "all", stage)
+        run_stage(tmp_path / "few", stage, "keep.images=2", "keep.trajectories=1", "keep.optimiser=1")
+    few = tmp_path / "few/t"
+    assert [(few / f"stage{i}/images").exists() for i in range(4)] == [False, False, True, True]
+    assert [(few / f"stage{i}/samples.safetensors").exists() for i in range(4)] == [False, False, False, True]
+    last = [f"stage{i}/checkpoints/checkpoint_1" for i in range(4)]
+    assert [(few / f / "optimizer.safetensors").exists() for f in last] == [False, False, False, True]
+    for folder in last:  # every stage's LoRA, bit for bit
+        ours, theirs = (load_file(tmp_path / run / "t" / folder / "pytorch_lora_weights.safetensors")
+                        for run in ("few", "all"))  # fmt: skip
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for step in (sample, select, train):  # a stage whose files were given back is still complete
+        step.main(configure(tmp_path / "few", "keep.images=2"))
+    assert not (few / "stage0/images").exists()
+
+
+def test_the_settings_of_a_run_are_kept_whole(begun):
+    stored = json.loads(pathlib.Path(begun, "t/config.json").read_text())
+    assert stored == files.flat(configure(begun))
+    assert set(json.loads(pathlib.Path(begun, "t/versions.json").read_text())) >= {"python", "torch", "diffusers"}
