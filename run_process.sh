@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job: for every stage, run_sample.py, run_select.py, run_train.py; then the before/after table.
-#   [PRESET=shapes|sdv1.4] bash run_process.sh [--config.x.y=value ...]
-# The same command again goes on where it stopped.
+#   [PRESET=shapes|sdv1.4] [LAUNCH="accelerate launch ..."] bash run_process.sh [--config.x.y=value ...]
+# The same command again goes on where it stopped. With several GPUs every step runs on all of them; LAUNCH overrides.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -27,8 +27,18 @@ export B2DIFFURL_LOCK=9 # the steps use this descriptor, so the lock is held fro
 "$PYTHON" -m b2diffurl.lock "$folder"
 last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
 
+gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c GPU || true)
+[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+export PATH=$(dirname "$PYTHON"):$PATH # LAUNCH may name accelerate
+launch=("$PYTHON")
+if [ -n "${LAUNCH:-}" ]; then
+  read -ra launch <<<"$LAUNCH"
+elif [ "$gpus" -gt 1 ]; then
+  launch=(accelerate launch --multi_gpu --num_machines 1 --num_processes "$gpus" --mixed_precision no --dynamo_backend no)
+fi
+
 if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process
-  "$PYTHON" -m b2diffurl.one_process "${config[@]}"
+  "${launch[@]}" -m b2diffurl.one_process "${config[@]}"
 else
   for ((stage = 0; stage < stages; stage++)); do
     if [ -d "$folder/stage$stage/checkpoints" ]; then
@@ -36,10 +46,10 @@ else
       continue
     fi
     for step in sample select train; do
-      "$PYTHON" "run_$step.py" "${config[@]}" "--config.stage=$stage"
+      "${launch[@]}" "run_$step.py" "${config[@]}" "--config.stage=$stage"
     done
   done
-  "$PYTHON" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
+  "${launch[@]}" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
   "$PYTHON" -m b2diffurl.report "$folder" >/dev/null
 fi
 

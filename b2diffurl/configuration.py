@@ -52,8 +52,6 @@ def run_main(main, locked=False, **options):
     options: further string flags of the command with their defaults; a default of None makes the flag required.
     """
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("one process only: several would each train alone; start it without accelerate or torchrun")
         config, options = parse(sys.argv, options)
         if locked:
             from . import lock
@@ -61,6 +59,8 @@ def run_main(main, locked=False, **options):
             lock.hold(pathlib.Path(config.save_path) / config.exp_name)
         main(config, **options)
     except UserError as error:
+        if type(error).__name__ == "SharedError" and os.environ.get("RANK", "0") != "0":
+            sys.exit(1)
         sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
     except OSError as error:
         if error.errno not in NO_ROOM:

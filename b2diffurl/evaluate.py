@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import contact_sheet, files, models
+from . import contact_sheet, distributed, files, models
 from .configuration import UserError, read_prompts, run_main
 from .noise import stream_noise, stream_seed
 from .quality import Quality, feature_distance
@@ -45,22 +45,30 @@ def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size="
             return
     out.mkdir(parents=True, exist_ok=True)
     models.prepare(config)
-    reward = load_reward(config, models.device())
-    clip, count = clip_of(reward, config, models.device()), config.evaluate.images_per_prompt
-    quality = Quality(config, models.device())
-    results, pictures = [], {}
+    count, results, pictures, measures = config.evaluate.images_per_prompt, [], {}, []
+
+    def load():
+        if distributed.rank() == 0:  # the others only sample
+            reward = load_reward(config, models.device())
+            clip, quality = clip_of(reward, config, models.device()), Quality(config, models.device())
+            measures.extend([reward, clip, quality])
+
+    distributed.agree(load)
     for model, folder in (("before", None), ("after", checkpoint)):
         images = generate(config, lists, folder, model)
-        for name, own in lists.items():
+        for name, own in lists.items() if measures else ():
+            reward, clip, quality = measures
             figures = measure(config, reward, clip, own, images[name]) | quality(images[name], count)
             results.append({"model": model, "prompts": name, **figures})
             starts = [i * count for i in contact_sheet.shown(own)]
             pictures[model, name] = [images[name][i : i + min(count, contact_sheet.COLUMNS)] for i in starts]
         del images
-    contact_sheet.draw(lists, pictures).save(out / "before_after.tmp.png")
-    os.replace(out / "before_after.tmp.png", out / "before_after.png")
-    files.write_json(out / "eval.json", {"settings": settings, "results": results})
-    log.info(table(results))
+    if measures:
+        contact_sheet.draw(lists, pictures).save(out / "before_after.tmp.png")
+        os.replace(out / "before_after.tmp.png", out / "before_after.png")
+        files.write_json(out / "eval.json", {"settings": settings, "results": results})
+        log.info(table(results))
+    distributed.barrier()
 
 
 def _settings(config, checkpoint, lists):
@@ -85,6 +93,8 @@ def _positive(flag, text):
 def generate(config, lists, checkpoint, label):
     """{list name: PIL images, evaluate.images_per_prompt a prompt}, by the base model or with a checkpoint's LoRA.
 
+    All processes sample a part, and all have all images.
+
     The noise of an image depends on evaluate.seed, its prompt and its number alone.
     """
     from tqdm import tqdm
@@ -96,17 +106,17 @@ def generate(config, lists, checkpoint, label):
     wanted = [(name, prompt, i) for name in names for prompt in lists[name] for i in range(count)]
     images = {name: [] for name in names}
     steps = config.sample.num_steps
-    for first in tqdm(
-        range(0, len(wanted), config.sample.batch_size), desc=f"images {label}", leave=False, disable=None
-    ):
-        batch = wanted[first : first + config.sample.batch_size]
+    mine = wanted[distributed.part(len(wanted))]
+    for first in tqdm(range(0, len(mine), config.sample.batch_size), desc=f"images {label}", leave=False, disable=None):
+        batch = mine[first : first + config.sample.batch_size]
         seeds = [stream_seed(config.evaluate.seed, "evaluation", prompt, i) for _, prompt, i in batch]
         noise = torch.stack([stream_noise(seed, steps + 1, sampler.latent_shape) for seed in seeds])
         own = embeds[[distinct.index(prompt) for _, prompt, _ in batch]].to(models.device())
         path, _ = sampler.denoise(sampler.initial(noise[:, 0]), own, noise[:, 1:], range(steps))
         for (name, _, _), picture in zip(batch, models.decode(vae, path[:, -1]), strict=True):
             images[name].append(Image.fromarray(picture.numpy()))
-    return images
+    found = distributed.gather(images)
+    return {name: [image for part in found for image in part[name]] for name in names}
 
 
 def measure(config, reward, clip, prompts, images):
@@ -121,11 +131,11 @@ def measure(config, reward, clip, prompts, images):
     values |= _with_interval("reward", total.reshape(-1, count))
     if set(parts) != {"clip"}:
         values |= {name: part.mean() for name, part in {"clip": clip(images, repeated).numpy(), **parts}.items()}
-    features = clip.features(images).cpu().numpy()
-    values["diversity"] = feature_distance(features.reshape(len(prompts), count, -1))
     right = verdicts(images, repeated) if config.evaluate.oracle else None
     if right is not None:
         values |= _with_interval("oracle", right.reshape(-1, count))
+    features = clip.features(images).cpu().numpy()
+    values["diversity"] = feature_distance(features.reshape(len(prompts), count, -1))
     return {name: float(v) if isinstance(v, np.floating) else v for name, v in values.items()}
 
 

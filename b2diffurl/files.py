@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 
+from . import distributed
 from .configuration import UserError
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
@@ -64,9 +65,10 @@ class Run:
         """
         settings, path = flat(config), self.folder / "config.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not path.exists() and distributed.rank() == 0:
             write_json(self.folder / "versions.json", versions())
             write_json(path, settings)
+        distributed.barrier()
         stored, pinned = that_matter(read_json(path, "the run")), that_matter(settings)
         changed = [name for name in sorted({*stored, *pinned}) if stored.get(name) != pinned.get(name)]
         if changed:
@@ -161,13 +163,39 @@ def read_json(path, step):
 
 @contextlib.contextmanager
 def fresh_folder(target):
-    """A scratch folder beside `target` that becomes it, whole, when the block ends without an error."""
+    """A scratch folder beside `target` that becomes it, whole, when the block ends without an error in any process."""
     aside = target.with_name(target.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    if distributed.rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    distributed.barrier()
     yield aside
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
+    distributed.barrier()
+    if distributed.rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(aside, target)
+
+
+def join_parts(folder, tensors):
+    """Every process's {name: tensor}, joined along the first dimension, for process 0; a process may have none.
+
+    They go through files below the folder, which all processes share.
+    """
+    import torch
+
+    parts = distributed.gather(bool(tensors))
+    if len(parts) == 1:
+        return tensors
+    if tensors:
+        write_tensors(folder / f"part{distributed.rank()}.safetensors", tensors)
+    distributed.barrier()
+    if distributed.rank():
+        return None
+    paths = [folder / f"part{number}.safetensors" for number, there in enumerate(parts) if there]
+    stored = [read_tensors(path, "run_sample.py") for path in paths]
+    for path in paths:
+        path.unlink()
+    return {name: torch.cat([part[name] for part in stored]) for name in stored[0]}
 
 
 def start_log(run):
@@ -181,6 +209,9 @@ def start_log(run):
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
+    if distributed.rank():
+        log.addHandler(logging.NullHandler())
+        return log
     stamped = logging.FileHandler(run.log, encoding="utf-8")
     stamped.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(stamped)

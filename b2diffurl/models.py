@@ -10,16 +10,12 @@ import torch
 from . import files
 from .branch_sampling import Sampler
 from .configuration import UserError
+from .distributed import device
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DECODED_LATENT_PIXELS = 4 * 64 * 64  # latent pixels that the VAE decodes at once: four 512x512 pictures of SD
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers, from malloc.h
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention of the UNet
-
-
-def device():
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def prepare(config):

@@ -6,7 +6,7 @@ Where a stage is short, three starts of Python with PyTorch, diffusers and OpenC
 import gc
 import time
 
-from . import STARTED, evaluate, files, report, sample, select, train
+from . import STARTED, distributed, evaluate, files, report, sample, select, train
 from .configuration import run_main
 
 
@@ -24,7 +24,8 @@ def main(config):
             gc.collect()  # PEFT's layers refer to each other; without this the next step's models come on top of them
             started = time.perf_counter()
     evaluate.main(config, files.checkpoint(run.stage), run.folder)
-    report.main(run.folder)
+    if distributed.rank() == 0:
+        report.main(run.folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import time
 import torch
 from PIL import Image
 
-from . import files, metrics, models
+from . import distributed, files, metrics, models
 from .configuration import METHODS, UserError, interval_of, read_prompts
 from .noise import draw_prompts, stream_seed
 from .tracking import track
@@ -33,38 +33,49 @@ def main(config, started=None):
     loaded = time.perf_counter()
     run.stage.mkdir(parents=True, exist_ok=True)
     interval = interval_of(config)
-    with files.fresh_folder(run.stage / "images") as folder, concurrent.futures.ThreadPoolExecutor(4) as pool:
-        trajectories = _denoise(config, rows, prompts, embeds, sampler, vae, interval, folder, pool)
-        if not trajectories.log_probs.isfinite().all():
+    groups, tensors = distributed.part(config.sample.groups), {}
+    mine = rows[groups.start * config.sample.branches : groups.stop * config.sample.branches]
+
+    def work():
+        if not mine:
+            return 0
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            made = _denoise(config, mine, prompts, embeds, sampler, vae, interval, folder, pool)
+        if not made.log_probs.isfinite().all():
             raise UserError(
                 f"stage {config.stage}: the latents are not finite; nothing was written. Try config.mixed_precision="
                 "no or bf16; if training had diverged, lower config.train.learning_rate under a new config.exp_name"
             )
-    files.write_tensors(
-        run.stage / "samples.safetensors",
-        {
-            "start_latents": trajectories.start_latents,
-            "latents": trajectories.latents,
-            "log_probs": trajectories.log_probs,
-            "timesteps": trajectories.timesteps,
-            "prompt_embeds": embeds[:-1],
-            "negative_embeds": embeds[-1:],
-            "prompt_index": torch.tensor([prompts.index(row["prompt"]) for row in rows]),
-        },
-    )
+        tensors.update(start_latents=made.start_latents, latents=made.latents, log_probs=made.log_probs)
+        return made.unet_evals
+
+    with files.fresh_folder(run.stage / "images") as folder:
+        unet_evals = sum(distributed.agree(work))
+    tensors = files.join_parts(run.stage, tensors)
+    if distributed.rank():
+        distributed.barrier()
+        return
+    tensors |= {
+        "timesteps": sampler.scheduler.timesteps[interval[0] : interval[1]].cpu(),
+        "prompt_embeds": embeds[:-1],
+        "negative_embeds": embeds[-1:],
+        "prompt_index": torch.tensor([prompts.index(row["prompt"]) for row in rows]),
+    }
+    files.write_tensors(run.stage / "samples.safetensors", tensors)
     seconds = time.perf_counter() - started
     speed = len(rows) / (time.perf_counter() - loaded)
     values = {
         "interval/start": interval[0],
         "interval/length": interval[1] - interval[0],
         "sample/images": len(rows),
-        "perf/unet_evals": trajectories.unet_evals,
+        "perf/unet_evals": unet_evals,
         "perf/startup_s": round(loaded - started, 3),
         "perf/images_per_s": round(speed, 3),
         "time_s": round(seconds, 3),
     }
     metrics.record(run.metrics, config, "sample", values)
     files.write_json(run.stage / "samples.json", rows)
+    distributed.barrier()
     track(config, "sample", values, log)
     log.info(
         f"stage {config.stage} sample: {len(rows)} images, last {interval[1] - interval[0]} of {interval[1]} steps "

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import files, metrics, models
+from . import distributed, files, metrics, models
 from .configuration import METHODS, UserError
 from .quality import feature_distance
 from .rewards import load_reward
@@ -37,24 +37,56 @@ def main(config, started=None):
     models.prepare(config)
     reward = load_reward(config, models.device())
     loaded = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # decoding a large PNG takes longer than scoring it on a GPU
-        images = list(pool.map(_open, [run.stage / "images" / row["image"] for row in rows]))
-    prompts = [row["prompt"] for row in rows]
-    raw, parts = reward.score(images, prompts)
+    images, raw, parts = _score(run, rows, reward)
     scoring = time.perf_counter() - loaded
+
+    def conclude():
+        if distributed.rank():
+            return
+        normalised, history, kept, values = _select(config, rows, raw, parts, past, log)
+        values |= _measure(config, rows, images, reward)
+        values = {name: v if isinstance(v, int) else round(float(v), 6) for name, v in values.items()}
+        values["perf/startup_s"] = round(loaded - started, 3)
+        values["perf/images_per_s"] = round(len(raw) / scoring, 3)
+        values["time_s"] = round(time.perf_counter() - started, 3)
+        _write(config, run, rows, raw, normalised, history, kept, values)
+        track(config, "select", values, log, images[:: config.sample.branches][:8])
+        log.info(
+            f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {len(kept)} of "
+            f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if "oracle/alignment" in values else "")
+            + f", {values['time_s']:.1f} s"
+        )  # fmt: skip
+
+    distributed.agree(conclude)
+
+
+def _score(run, rows, reward):
+    """-> images, rewards (N,), {part: rewards (N,)}: scored by all processes together; process 0 has all images."""
+    prompts, mine, images = [row["prompt"] for row in rows], distributed.part(len(rows)), []
+
+    def work():
+        wanted = rows if distributed.rank() == 0 else rows[mine]
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # decoding a large PNG takes longer than scoring it
+            images.extend(pool.map(_open, [run.stage / "images" / row["image"] for row in wanted]))
+        own = images[: mine.stop - mine.start]
+        return reward.score(own, prompts[mine]) if own else None
+
+    found = [scores for scores in distributed.agree(work) if scores]
+    parts = {name: np.concatenate([parts[name] for _, parts in found]) for name in found[0][1]}
+    return images, np.concatenate([total for total, _ in found]), parts
+
+
+def _select(config, rows, raw, parts, past, log):
+    """-> normalised rewards (N,), the history with them, kept image indices, figures."""
     history = RewardHistory.from_state(past, config.select.history)
-    normalised = history.normalise(prompts, raw)
+    normalised = history.normalise([row["prompt"] for row in rows], raw)
     kept = keep(config, normalised)
     if len(raw) > 1 and raw.std() == 0:
-        what = (
-            f"stage {config.stage} select: {config.reward.name!r} gave all {len(raw)} images the same reward {raw[0]:g}"
-        )
+        what = f"stage {config.stage} select: {config.reward.name!r} gave all {len(raw)} images the reward {raw[0]:g}"
         if config.stage == 0:
             raise UserError(f"{what}: there is nothing to learn from; nothing was written. Look at the reward")
         log.warning(f"{what}: nothing is trained on")
         kept = []
-    tensors = {"index": torch.tensor(kept, dtype=torch.int64), "normalised": torch.tensor(normalised[kept])}
-    files.write_tensors(run.stage / "selected.safetensors", tensors)
     values = {
         "reward/mean": raw.mean(),
         "reward/std": raw.std(ddof=1) if len(raw) > 1 else 0.0,
@@ -65,16 +97,25 @@ def main(config, started=None):
     }
     if len(parts) > 1:
         values |= {f"reward/{name}": part.mean() for name, part in parts.items()}
+    return normalised, history, kept, values
+
+
+def _measure(config, rows, images, reward):
+    """Figures of the pictures beside their reward: diversity, and oracle alignment where it is asked for."""
+    prompts, values = [row["prompt"] for row in rows], {}
     clip = next((part for name, _, part in reward.parts if name == "clip"), None)
     if clip and config.sample.groups > 1:
         values["diversity/clip"] = between_groups(clip, images, prompts, config.sample.branches)
     right = verdicts(images, prompts) if config.evaluate.oracle else None
     if right is not None:
         values["oracle/alignment"] = right.mean()
-    values = {name: v if isinstance(v, int) else round(float(v), 6) for name, v in values.items()}
-    values["perf/startup_s"] = round(loaded - started, 3)
-    values["perf/images_per_s"] = round(len(raw) / scoring, 3)
-    values["time_s"] = round(time.perf_counter() - started, 3)
+    return values
+
+
+def _write(config, run, rows, raw, normalised, history, kept, values):
+    """The stage's files; scores.json last, since it says that the step is complete."""
+    tensors = {"index": torch.tensor(kept, dtype=torch.int64), "normalised": torch.tensor(normalised[kept])}
+    files.write_tensors(run.stage / "selected.safetensors", tensors)
     metrics.record(run.metrics, config, "select", values)
     chosen = set(kept)
     scores = [
@@ -82,12 +123,6 @@ def main(config, started=None):
         for i, (row, r, n) in enumerate(zip(rows, raw, normalised, strict=True))
     ]
     files.write_json(run.stage / "scores.json", {"scores": scores, "history": history.state()})
-    track(config, "select", values, log, images[:: config.sample.branches][:8])
-    log.info(
-        f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {len(kept)} of "
-        f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if right is not None else "")
-        + f", {values['time_s']:.1f} s"
-    )  # fmt: skip
 
 
 def keep(config, normalised):

@@ -7,7 +7,6 @@ DIR/search or DIR/full. The same command goes on where it was stopped.
 import argparse
 import concurrent.futures
 import gc
-import itertools
 import multiprocessing
 import os
 import pathlib
@@ -31,15 +30,21 @@ def prompt_lists(name):
 METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 OTHERS = ("ddpo_sf", "dpok", "dpo")
 BUDGETS = {  # beside the shapes preset's settings, the same for every run
-    "full": {"schedule.stage_count": 16, "evaluate.images_per_prompt": 16, **prompt_lists("study")},
+    "full": {"schedule.stage_count": 12, "evaluate.images_per_prompt": 16, **prompt_lists("study")},
     "quick": {"schedule.stage_count": 4, "sample.groups": 12, "evaluate.images_per_prompt": 4, **prompt_lists("study")},
     "search": {"schedule.stage_count": 8, "evaluate.images_per_prompt": 16, **prompt_lists("search")},
 }
-GRID = {  # four settings each: the learning rate, and the algorithm's own coefficient where it has one
-    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3)],
-    "ddpo_sf": [{"train.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)],
-    "dpok": [{"train.learning_rate": r, "train.kl_weight": w} for r, w in itertools.product((1e-3, 2e-3), (0.03, 0.3))],
-    "dpo": [{"train.learning_rate": r, "train.dpo_beta": b} for r, b in itertools.product((1e-3, 2e-3), (100, 1000))],
+GRID = {  # five settings each: the learning rate, and the algorithm's own coefficient where it has one
+    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)],
+    "ddpo_sf": [{"train.learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
+    "dpok": [
+        {"train.learning_rate": rate, "train.kl_weight": weight}
+        for rate, weight in ((2e-3, 0.1), (4e-3, 0.1), (8e-3, 0.1), (4e-3, 0.01), (4e-3, 1.0))
+    ],
+    "dpo": [
+        {"train.learning_rate": rate, "train.dpo_beta": beta}
+        for rate, beta in ((1e-3, 1000), (2e-3, 1000), (4e-3, 1000), (2e-3, 100), (4e-3, 100))
+    ],
 }
 CHOSEN = {("ddpo_is", method): 1 for method in METHODS} | {(a, m): 1 for a in OTHERS for m in ("ddpo", "b2")}
 

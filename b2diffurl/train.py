@@ -7,16 +7,16 @@ import time
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import adam, curves, files, metrics, models
+from . import adam, curves, distributed, files, metrics, models
 from .configuration import UserError, interval_of
 from .losses import weigh_advantages
 from .noise import stream_seed
 from .tracking import track
-from .training import Pairs, plan_updates, pretrained_means, train_epochs
+from .training import Pairs, PolicyMismatch, plan_updates, pretrained_means, train_epochs
 from .value import Baseline
 
 NOTHING_SELECTED = {
-    "train/updates": 0, "train/loss": 0.0, "train/grad_norm": 0.0, "train/grad_norm_max": 0.0,
+    "train/updates": 0, "train/loss": 0.0, "train/lora_change": 0.0, "train/grad_norm": 0.0, "train/grad_norm_max": 0.0,
     "policy/ratio_first": 1.0, "policy/ratio_first_error": 0.0, "policy/clipfrac": 0.0, "policy/approx_kl": 0.0,
     "perf/unet_evals": 0, "perf/pairs_per_s": 0.0,
 }  # fmt: skip
@@ -50,15 +50,21 @@ def main(config, started=None):
     if config.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     loaded = time.perf_counter()
+    first = distributed.rank() == 0
     with files.fresh_folder(target) as folder:
-        save_checkpoint(config, unet, optimizer, lora, folder / "checkpoint_0")
+        if first:
+            save_checkpoint(config, unet, optimizer, lora, folder / "checkpoint_0")
         values = _train(config, run, selected, unet, scheduler, optimizer, lora, baseline)
-        save_checkpoint(config, unet, optimizer, lora, folder / "checkpoint_1")
-        if baseline:
-            baseline.save(folder / "checkpoint_1/value.safetensors")
-        values["perf/startup_s"] = round(loaded - started, 3)
-        values["time_s"] = round(time.perf_counter() - started, 3)
-        metrics.record(run.metrics, config, "train", values)
+        if first:
+            save_checkpoint(config, unet, optimizer, lora, folder / "checkpoint_1")
+            if baseline:
+                baseline.save(folder / "checkpoint_1/value.safetensors")
+            values["perf/startup_s"] = round(loaded - started, 3)
+            values["time_s"] = round(time.perf_counter() - started, 3)
+            metrics.record(run.metrics, config, "train", values)
+    distributed.barrier()
+    if not first:
+        return
     files.prune(run, config)
     track(config, "train", values, log)
     curves.draw(run)
@@ -121,6 +127,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora, baseline):
         path = run.stage / "samples.safetensors"
         raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
     began, updates, seen = time.perf_counter(), [], 0
+    before = [parameter.detach().clone() for parameter in lora.values()]
     if config.train.algorithm == "dpok":
         pairs.pretrained_means = pretrained_means(unet, scheduler, pairs, config)
         pairs.baselines = baseline.of(pairs) if baseline else None
@@ -143,12 +150,19 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora, baseline):
                 f"stage {config.stage} update {len(updates)}: {error}; the stage was not saved. Lower "
                 f"config.train.learning_rate={config.train.learning_rate} under a new config.exp_name"
             ) from None
+        except PolicyMismatch as error:
+            raise UserError(
+                f"stage {config.stage}: {error}: the samples are not this policy's; the stage was not saved. Delete "
+                f"{run.stage} and run all its steps again, in one precision and on one kind of device"
+            ) from None
+    change = _changed(config, lora, before)
     mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
     if baseline:
         mean["value_loss"] = baseline.fit(pairs, config.train.value_epochs, generator)
     return {
         "train/updates": len(updates),
         "train/loss": mean["loss"],
+        "train/lora_change": change,
         "train/grad_norm": mean["grad_norm"],
         "train/grad_norm_max": max(u["grad_norm"] for u in updates),
         "policy/ratio_first": updates[0]["ratio"],
@@ -160,6 +174,18 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora, baseline):
         "perf/unet_evals": 2 * (seen + (pairs.log_probs.numel() if config.train.algorithm == "dpok" else 0)),
         "perf/pairs_per_s": round(seen / (time.perf_counter() - began), 3),
     }
+
+
+def _changed(config, lora, before):
+    """The Euclidean length of the stage's change of the LoRA; UserError where it is 0, or not the same everywhere."""
+    after = torch.cat([parameter.detach().flatten() for parameter in lora.values()]).cpu()
+    digests = distributed.gather(hashlib.sha256(after.numpy().tobytes()).hexdigest())
+    if len(set(digests)) > 1:
+        raise UserError(f"stage {config.stage}: the processes' LoRAs differ ({digests}); the stage was not saved")
+    change = (after - torch.cat([tensor.flatten() for tensor in before]).cpu()).norm().item()
+    if not change > 0:
+        raise UserError(f"stage {config.stage}: the updates did not change the LoRA; the stage was not saved")
+    return change
 
 
 def provenance(config):

@@ -33,6 +33,7 @@ def settings(**train):
         "num_epochs": 2, "trajectories_per_update": 2, "batch_size": 4, "clip_range": 0.1, "max_grad_norm": 1.0,
     }  # fmt: skip
     return types.SimpleNamespace(
+        mixed_precision="no",
         train=types.SimpleNamespace(**{**defaults, **train}),
         sample=types.SimpleNamespace(guidance_scale=5.0, eta=1.0),
     )

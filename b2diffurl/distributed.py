@@ -1,0 +1,94 @@
+"""Several processes of one step (accelerate, torch.distributed): who does which part, and how parts come together.
+
+Every function does the plain thing in a single process, without importing accelerate; PyTorch comes where it is used.
+"""
+
+import datetime
+import functools
+import os
+
+from .configuration import UserError
+
+WAIT = datetime.timedelta(hours=12)  # for the slowest process; the first one evaluates alone
+
+
+@functools.cache
+def _state():
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
+    if state.num_processes != size():
+        raise UserError(f"{size()} processes were started, and accelerate sees {state.num_processes}: none would wait")
+    return state
+
+
+class SharedError(UserError):
+    """A UserError that every process raises; the first one says it."""
+
+
+def size():
+    """How many processes work on the step."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank():
+    """This one's number; 0 writes what all share."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def device():
+    """The process's own GPU where there is one, else the CPU."""
+    import torch
+
+    if size() > 1:
+        return _state().device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def part(count):
+    """The slice of `count` things that is this process's: contiguous, sizes differ by at most one, maybe empty."""
+    return slice(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def barrier():
+    """Wait for the others."""
+    if size() > 1:
+        _state().wait_for_everyone()
+
+
+def gather(value):
+    """Everybody's value, by number of the process, for all of them."""
+    if size() == 1:
+        return [value]
+    import torch
+
+    _state()
+    values = [None] * size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def agree(work):
+    """gather(work()); a UserError of one process is a SharedError of all, so that none waits for ever."""
+    try:
+        mine = (work(), None)
+    except UserError as error:
+        mine = (None, str(error))
+    results = gather(mine)
+    if said := [error for _, error in results if error]:
+        raise SharedError(said[0])
+    return [result for result, _ in results]
+
+
+def sum_(tensors):
+    """Replace each tensor by its sum over the processes: the same bits for all."""
+    if size() == 1:
+        return
+    import torch
+
+    _state()
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))

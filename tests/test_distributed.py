@@ -1,0 +1,106 @@
+"""Two processes do what one does: the same pictures, the same selection, the same LoRA but for rounding."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from b2diffurl import distributed
+from b2diffurl.configuration import UserError
+from b2diffurl.metrics import read
+
+SMALL = (
+    "sample.groups=3", "sample.branches=3", "schedule.stage_count=2", "schedule.left=3", "schedule.right=4",
+    "sample.num_steps=5", "train.trajectories_per_update=2", "evaluate.images_per_prompt=1", "exp_name=t",
+    "select.pos_threshold=-9", "select.neg_threshold=9", "train.batch_size=5",
+)  # fmt: skip
+
+
+def drive(folder, *settings, launch="torchrun --nproc_per_node 2", paths=()):
+    flags = [f"--config.{s}" for s in (*SMALL, f"save_path={folder}", *settings)]
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "PRESET": "shapes", "LAUNCH": launch, "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([os.getcwd(), *map(str, paths)]),
+    }  # fmt: skip
+    return subprocess.run(
+        ["bash", "run_process.sh", *flags], capture_output=True, text=True, timeout=600, env=environment
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 12])
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+def test_parts_are_everything_once_and_even(monkeypatch, count, processes):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    parts = []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append(list(range(count))[distributed.part(count)])
+    assert [*itertools.chain(*parts)] == list(range(count))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_one_process_agrees_with_itself():
+    tensor = torch.ones(2)
+    distributed.sum_([tensor])
+    assert tensor.tolist() == [1, 1]
+    assert distributed.agree(lambda: 3) == distributed.gather(3) == [3]
+    with pytest.raises(UserError, match="mine"):
+        distributed.agree(lambda: (_ for _ in ()).throw(UserError("mine")))
+
+
+def test_two_processes_are_one(tmp_path):
+    """Seven groups on two processes, three and four: below three images a call the CPU's kernels round otherwise."""
+    settings = (
+        "train.algorithm=dpok", "sample.groups=7", "train.trajectories_per_update=5",
+        "train.adam_epsilon=0.01", "train.learning_rate=0.1",  # AdamW's step follows the gradient, not its sign alone
+    )  # fmt: skip
+    for name, launch in (("one", sys.executable), ("two", "torchrun --nproc_per_node 2")):
+        done = drive(tmp_path / name, *settings, launch=launch)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("stage 1 train:") == 1  # one process speaks for both
+    one, two = tmp_path / "one/t", tmp_path / "two/t"
+    assert not list(two.glob("**/part*.safetensors"))
+    for stage in ("stage0", "stage1"):
+        pictures = sorted(path.name for path in (one / stage / "images").iterdir())
+        assert pictures == sorted(path.name for path in (two / stage / "images").iterdir())
+        if stage == "stage0":  # later ones follow from LoRAs that differ by rounding
+            for name in pictures:
+                assert (one / stage / "images" / name).read_bytes() == (two / stage / "images" / name).read_bytes()
+        ours, theirs = (load_file(run / stage / "selected.safetensors") for run in (one, two))
+        assert torch.equal(ours["index"], theirs["index"])
+        assert torch.allclose(ours["normalised"], theirs["normalised"], atol=1e-3)
+        last = "checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
+        ours, theirs = (load_file(run / stage / last) for run in (one, two))
+        moved = max(
+            tensor.abs().max().item() for name, tensor in theirs.items() if "lora.up" in name or "lora_B" in name
+        )
+        off = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+        assert off < 1e-4 * moved
+        assert moved > 1e-3
+    same = ("policy/clipfrac", "select/kept", "reward/mean", "perf/unet_evals", "train/updates", "train/loss")
+    for mine, other in zip(read(one / "metrics.jsonl"), read(two / "metrics.jsonl"), strict=True):
+        for key in set(same) & set(mine):
+            assert mine[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), key
+
+
+def test_fewer_groups_than_processes_and_a_reward_that_fails_on_one(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os\n\n\ndef reward(images, prompts):\n"
+        "    bad = os.environ['RANK'] == '1' and os.path.exists('/dev/null') and len(images) > 0\n"
+        "    return [float('nan') if bad else 0.5 + i for i in range(len(images))]\n"
+    )
+    settings = ("sample.groups=1", "method=ddpo")
+    done = drive(tmp_path / "out", *settings, "one_process=False", "reward.name=mine:reward", paths=[tmp_path])
+    assert done.returncode != 0
+    assert done.stderr.count("'mine:reward' returned 2 non-finite scores of 2") == 1  # images 1 and 2 are the second's
+    assert not (tmp_path / "out/t/stage0/scores.json").exists()
+    done = drive(tmp_path / "fine", *settings)
+    assert done.returncode == 0, done.stderr
+    assert [line["select/kept"] for line in read(tmp_path / "fine/t/metrics.jsonl") if line["step"] == "select"] == [
+        3,
+        3,
+    ]
