@@ -13,6 +13,11 @@ FIGURES = {
     "diversity_train": "CLIP diversity, train",
     "entropy_train": "open entropy (bits), train",
 }
+PANELS = (  # across, up: at an equal budget of queries or of compute, and what it costs
+    ("queries", "oracle_train"), ("queries", "oracle_test"), ("unet_evals", "oracle_train"),
+    ("oracle_train", "diversity_train"), ("reward_train", "oracle_train"),
+)  # fmt: skip
+NAMES = {**FIGURES, "queries": "reward queries", "unet_evals": "UNet evaluations"}
 ORDER = ("ddpo_is", "ddpo_sf", "dpok", "dpo", "ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 COLUMNS = (
     "algorithm", "method", "settings", "seed", "stage", "queries", "unet_evals", "seconds", "reward_samples",
@@ -87,27 +92,28 @@ def _figure(values, form=".3f"):
 
 
 def draw(out, rows, base):
-    """curves.png: figures against reward queries, mean and 95 % interval over seeds; a row of panels an algorithm."""
+    """curves.png: PANELS over training, mean and 95 % interval over seeds; a row of panels an algorithm."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = ("oracle_train", "oracle_test", "reward_train", "diversity_train")
-    algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in final_rows(rows)))
-    figure = Figure(figsize=(16, 3.4 * len(algorithms)), layout="constrained")
-    axes = figure.subplots(len(algorithms), len(shown), squeeze=False)
+    cells = final_rows(rows)
+    algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in cells))
+    figure = Figure(figsize=(4.2 * len(PANELS), 3.6 * len(algorithms)), layout="constrained")
+    axes = figure.subplots(len(algorithms), len(PANELS), squeeze=False)
     for panels, algorithm in zip(axes, algorithms, strict=True):
-        for cell in [c for c in final_rows(rows) if c[0] == algorithm]:
-            points = {}
+        for cell in [c for c in cells if c[0] == algorithm]:
+            stages = {0: [{**base, "queries": 0, "unet_evals": 0}]}  # the base model, before the first stage
             for row in rows:
                 if _cell_of(row) == cell and "oracle_train" in row:
-                    points.setdefault(row["queries"], []).append(row)
-            for panel, key in zip(panels, shown, strict=True):
-                x = [0, *sorted(points)]
-                bands = [(base[key],) * 3, *(interval([row[key] for row in points[q]]) for q in x[1:])]
+                    stages.setdefault(row["stage"] + 1, []).append(row)
+            for panel, (across, up) in zip(panels, PANELS, strict=True):
+                x = [np.mean([row[across] for row in stages[stage]]) for stage in sorted(stages)]
+                bands = [interval([row[up] for row in stages[stage]]) for stage in sorted(stages)]
                 mean, low, high = np.array(bands).T
+                low[0], high[0] = mean[0], mean[0]
                 panel.plot(x, mean, marker=".", label=" ".join(cell[1:]))
                 panel.fill_between(x, low, high, alpha=0.2)  # nothing where a single seed has no interval
-                panel.set(title=f"{algorithm}: {FIGURES[key]}", xlabel="reward queries")
+                panel.set(title=f"{algorithm}: {NAMES[up]}", xlabel=NAMES[across])
         panels[0].legend(fontsize="x-small")
     aside = out / "curves.tmp.png"
     FigureCanvasAgg(figure).print_png(aside)
