@@ -28,13 +28,17 @@ export B2DIFFURL_LOCK=9 # the steps use this descriptor, so the lock is held fro
 last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
 
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c GPU || true)
-[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
-export PATH=$(dirname "$PYTHON"):$PATH # LAUNCH may name accelerate
+if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+  gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+fi
+case $PYTHON in
+  */*) PATH=$(cd "$(dirname "$PYTHON")" && pwd):$PATH ;; # for a LAUNCH that names accelerate or torchrun
+esac
 launch=("$PYTHON")
 if [ -n "${LAUNCH:-}" ]; then
   read -ra launch <<<"$LAUNCH"
 elif [ "$gpus" -gt 1 ]; then
-  launch=(accelerate launch --multi_gpu --num_machines 1 --num_processes "$gpus" --mixed_precision no --dynamo_backend no)
+  launch=("$PYTHON" -m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes "$gpus" --mixed_precision no --dynamo_backend no)
 fi
 
 if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process
