@@ -7,7 +7,7 @@ cd "$(dirname "$0")"
 
 if [ -n "${PRESET:-}" ]; then
   echo "preset $PRESET (PRESET is set)"
-elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+elif [ "${CUDA_VISIBLE_DEVICES-all}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
   PRESET=sdv1.4
   echo "preset $PRESET: CUDA is present (PRESET=shapes for the small world)"
 else
@@ -20,11 +20,14 @@ prepare_environment requirements.txt
 
 config=(--config "config/stage_process.py:$PRESET" "$@")
 plan=$("$PYTHON" -m b2diffurl.plan "${config[@]}")
-read -r stages processes folder <<<"$plan"
+read -r stages processes folder <<<"$(tail -n 1 <<<"$plan")" # a user's reward may print when it is imported
+machine=${MACHINE_RANK:-$(sed -nE 's/.*--(machine|node)_rank[= ]+([0-9]+).*/\2/p' <<<"${LAUNCH:-}")}
 mkdir -p "$folder"
-exec 9>>"$folder/.lock"
-export B2DIFFURL_LOCK=9 # the steps use this descriptor, so the lock is held from here to the end
-"$PYTHON" -m b2diffurl.lock "$folder"
+if [ "${machine:-0}" = 0 ]; then # of several machines the first one locks and reports
+  exec 9>>"$folder/.lock"
+  export B2DIFFURL_LOCK=9 # the steps use this descriptor, so the lock is held from here to the end
+  "$PYTHON" -m b2diffurl.lock "$folder"
+fi
 last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
 
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c GPU || true)
@@ -54,7 +57,7 @@ else
     done
   done
   "${launch[@]}" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
-  "$PYTHON" -m b2diffurl.report "$folder" >/dev/null
+  [ "${machine:-0}" != 0 ] || "$PYTHON" -m b2diffurl.report "$folder" >/dev/null || echo "report.html was not written"
 fi
 
 echo "Everything is in $folder: report.html (open it in a browser), metrics.jsonl, the LoRA in ${last#"$folder"/}."

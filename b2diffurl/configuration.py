@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 
 METHODS = {  # method -> (backward progressive training, branches)
@@ -133,6 +134,7 @@ def check(config):
     baseline = config.train.value_baseline
     _require(config.train.algorithm == "dpok" or not baseline, "train.value_baseline", baseline,
              "goes with config.train.algorithm=dpok alone")  # fmt: skip
+    _require(config.keep.optimiser != 1, "keep.optimiser", 1, "must be 0 or at least 2, or no stage could be repeated")
     for field, words in CHOICES.items():
         value = config.train[field]
         _require(value in words, f"train.{field}", value, f"must be one of {', '.join(words)}")
@@ -170,7 +172,7 @@ def check(config):
 def reward_parts(name):
     """ "clip:1.0 + aesthetic:0.2" -> [("clip", 1.0), ("aesthetic", 0.2)]; a part without a weight has 1."""
     parts = []
-    for part in name.split("+"):
+    for part in re.split(r"\+(?=\s*[A-Za-z_])", name):  # not the + of 1e+3
         head, colon, tail = part.strip().rpartition(":")
         try:
             parts.append((head.strip(), float(tail)) if colon else (tail, 1.0))

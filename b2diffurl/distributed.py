@@ -3,9 +3,12 @@
 Every function does the plain thing in a single process, without importing accelerate; PyTorch comes where it is used.
 """
 
+import atexit
 import datetime
 import functools
 import os
+import threading
+import time
 
 from .configuration import UserError
 
@@ -17,10 +20,27 @@ def _state():
     import torch
     from accelerate import PartialState
 
+    follow_parent()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
     if state.num_processes != size():
         raise UserError(f"{size()} processes were started, and accelerate sees {state.num_processes}: none would wait")
+    atexit.register(torch.distributed.destroy_process_group)
     return state
+
+
+def follow_parent():
+    """End this process when the one that started it has ended, however that ended.
+
+    Launchers put their processes into sessions of their own, where a kill of the driver's group does not reach them.
+    """
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class SharedError(UserError):
@@ -67,6 +87,11 @@ def gather(value):
     values = [None] * size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def first(value):
+    """Process 0's value, for all: what it sees of a shared folder decides."""
+    return gather(value)[0]
 
 
 def agree(work):

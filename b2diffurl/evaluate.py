@@ -38,11 +38,10 @@ def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size="
     lists = {name: read_prompts(path) for name, path in paths.items()}
     settings = _settings(config, checkpoint, lists)
     log = files.start_log(files.Run(config))
-    if (out / "eval.json").exists():
-        stored = files.read_json(out / "eval.json", "the evaluation")
-        if stored.get("settings") == settings:
-            log.info(table(stored["results"]))
-            return
+    stored = files.read_json(out / "eval.json", "the evaluation") if (out / "eval.json").exists() else {}
+    if distributed.first(stored.get("settings") == settings):
+        log.info(table(stored["results"]))
+        return
     out.mkdir(parents=True, exist_ok=True)
     models.prepare(config)
     count, results, pictures, measures = config.evaluate.images_per_prompt, [], {}, []

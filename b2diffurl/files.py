@@ -1,6 +1,7 @@
 """Where a run's files are, and how they are written: aside first, then renamed, so that no file is ever half there."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -12,7 +13,7 @@ import shutil
 import sys
 
 from . import distributed
-from .configuration import UserError
+from .configuration import UserError, read_prompts
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
 FREE = (
@@ -31,8 +32,9 @@ FREE = (
 
 
 def flat(config):
-    """{dotted name: value} of all settings."""
-    settings = {}
+    """{dotted name: value} of all settings, and the SHA-256 of the train prompts as "prompts.train_sha256"."""
+    prompts = json.dumps(read_prompts(config.prompts.train))
+    settings = {"prompts.train_sha256": hashlib.sha256(prompts.encode()).hexdigest()}
     for name, value in config.to_dict().items():
         settings.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})
     return settings
@@ -58,22 +60,28 @@ class Run:
         self.log = pathlib.Path("log") / f"{config.exp_name}.log"
         self.metrics = self.folder / "metrics.jsonl"
 
-    def pin(self, config):
-        """Keep configuration and versions of the run's first step; UserError if a later step is configured otherwise.
+    def check(self, config):
+        """Raise UserError if the run was begun with other settings, prompts among them. Nothing is written.
 
         What only changes speed, reporting or the evaluation may change: see FREE.
         """
-        settings, path = flat(config), self.folder / "config.json"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and distributed.rank() == 0:
-            write_json(self.folder / "versions.json", versions())
-            write_json(path, settings)
-        distributed.barrier()
-        stored, pinned = that_matter(read_json(path, "the run")), that_matter(settings)
+        path = self.folder / "config.json"
+        if not path.exists():
+            return
+        stored, pinned = that_matter(read_json(path, "the run")), that_matter(flat(config))
         changed = [name for name in sorted({*stored, *pinned}) if stored.get(name) != pinned.get(name)]
         if changed:
             what = ", ".join(f"config.{name} was {stored.get(name)!r}, now {pinned.get(name)!r}" for name in changed)
             raise UserError(f"{self.folder} was started with other settings: {what}; give a new config.exp_name")
+
+    def pin(self, config):
+        """Keep configuration and versions of the run's first step; UserError if a later one is configured otherwise."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if distributed.rank() == 0 and not (self.folder / "config.json").exists():
+            write_json(self.folder / "versions.json", versions())
+            write_json(self.folder / "config.json", flat(config))
+        distributed.barrier()
+        self.check(config)
 
 
 def checkpoint(stage_folder):
@@ -129,9 +137,9 @@ def prune(run, config):
         for stage in range(oldest + 1):
             for part in parts:
                 path = run.folder / f"stage{stage}" / part
+                aside = path.with_name(path.name + ".tmp")
+                shutil.rmtree(aside, ignore_errors=True)
                 if path.is_dir():
-                    aside = path.with_name(path.name + ".tmp")
-                    shutil.rmtree(aside, ignore_errors=True)
                     os.replace(path, aside)  # half a folder would look like a whole one
                     shutil.rmtree(aside)
                 else:
@@ -193,7 +201,7 @@ def join_parts(folder, tensors):
         return None
     paths = [folder / f"part{number}.safetensors" for number, there in enumerate(parts) if there]
     stored = [read_tensors(path, "run_sample.py") for path in paths]
-    for path in paths:
+    for path in folder.glob("part*.safetensors"):  # those of an interrupted try with more processes too
         path.unlink()
     return {name: torch.cat([part[name] for part in stored]) for name in stored[0]}
 

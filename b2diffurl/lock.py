@@ -3,6 +3,7 @@
 `python -m b2diffurl.lock FOLDER` takes it for the shell that opened FOLDER/.lock as descriptor $B2DIFFURL_LOCK.
 """
 
+import errno
 import fcntl
 import os
 import pathlib
@@ -34,6 +35,10 @@ def hold(folder):
         raise UserError(
             f"{folder} is in use by another run_process.sh or step; wait for it or give another config.exp_name"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"{folder}: this file system has no locks; see to it that nothing else works on the run", file=sys.stderr)
 
 
 def _is_open_as(descriptor, path):

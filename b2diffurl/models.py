@@ -8,7 +8,7 @@ import platform
 import torch
 
 from . import files
-from .branch_sampling import Sampler
+from .branch_sampling import FEWEST, Sampler
 from .configuration import UserError
 from .distributed import device
 
@@ -32,11 +32,13 @@ def prepare(config):
 
 
 def _load(loader, config, subfolder, **options):
+    from safetensors import SafetensorError
+
     model = config.pretrained.model
     where = {} if pathlib.Path(model).is_dir() else {"revision": config.pretrained.revision}
     try:
         return loader.from_pretrained(model, subfolder=subfolder, **where, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"config.pretrained.model={model!r}: its {subfolder} does not load: {reason}") from None
 
@@ -117,6 +119,8 @@ def embed_prompts(config, prompts):
 @torch.no_grad()
 def decode(vae, latents):
     """Latents (B, C, h, w) -> pictures (B, H, W, 3) uint8 on the CPU; large pictures a few at a time."""
+    if latents.device.type == "cpu" and len(latents) < FEWEST:
+        return decode(vae, latents[torch.arange(FEWEST).clamp(max=len(latents) - 1)])[: len(latents)]
     at_once = max(1, DECODED_LATENT_PIXELS // latents[0, 0].numel())
     pictures = [
         ((vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1) * 255)

@@ -16,8 +16,9 @@ def main(config):
     for stage in range(config.schedule.stage_count):
         config.stage = stage
         run = files.Run(config)
-        if (run.stage / "checkpoints").is_dir():
-            print(f"stage {stage}: complete already", flush=True)
+        if distributed.first((run.stage / "checkpoints").is_dir()):
+            if distributed.rank() == 0:
+                print(f"stage {stage}: complete already", flush=True)
             continue
         for step in (sample, select, train):
             step.main(config, started)

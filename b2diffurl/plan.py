@@ -1,17 +1,23 @@
-"""What run_process.sh asks before it starts: checks the configuration, prints "<stages> <one|three> <run folder>"."""
+"""What run_process.sh asks before it starts; the last line is "<stages> <one|three> <run folder>"."""
 
 from .configuration import reward_parts, run_main
 from .files import Run
 
 
 def main(config):
-    """Print the number of stages, the processes that run a stage, and the run's folder."""
+    """Find out what would stop the run much later; then print stages, processes a stage, and the run's folder."""
+    run = Run(config)
+    run.check(config)
     for name, _ in reward_parts(config.reward.name):
-        if ":" in name:  # a user's function: find out now that it is missing, not after a stage of images
+        if ":" in name:  # a user's function
             from .rewards import user_function
 
             user_function(name)
-    print(config.schedule.stage_count, "one" if config.one_process else "three", Run(config).folder)
+    if config.evaluate.lpips or config.evaluate.inception_score:  # may have to be downloaded
+        from .quality import Quality
+
+        Quality(config, "cpu")
+    print(config.schedule.stage_count, "one" if config.one_process else "three", run.folder)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ LPIPS and the Inception Score are torchmetrics'; they need weights that torchvis
 """
 
 import itertools
+import os
 import warnings
 
 import numpy as np
@@ -68,14 +69,17 @@ def lpips_distance(metric, images, count):
 
 
 def inception_score(metric, images):
-    """(mean, standard deviation) over SPLITS parts of the images, the parts drawn by a fixed seed."""
+    """(mean, standard deviation) over SPLITS parts of the images, the parts drawn by a fixed seed.
+
+    No score can be above the number of images in a part: compare lists of one size.
+    """
     metric.reset()
     for first in range(0, len(images), INCEPTION_IMAGES):
         metric.update(_pixels(images[first : first + INCEPTION_IMAGES]).to(metric.device))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # torchmetrics cuts the parts from a random order
         mean, std = metric.compute()
-    return mean.item(), std.item()
+    return mean.item(), std.nan_to_num().item()
 
 
 def _pixels(images):
@@ -83,14 +87,21 @@ def _pixels(images):
 
 
 class _weights(warnings.catch_warnings):
-    """Loading a metric's network: quiet, and a UserError that names the switch where its weights cannot be had."""
+    """Loading a metric's network: quiet, weights only, and a UserError that names the switch if they cannot be had."""
 
     def __init__(self, what, setting):
         super().__init__(action="ignore")
         self.what, self.setting = what, setting
 
+    def __enter__(self):
+        self.before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # the downloads are .pth files: nothing in them may run
+        return super().__enter__()
+
     def __exit__(self, kind, error, trace):
         super().__exit__(kind, error, trace)
+        if self.before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         if isinstance(error, OSError):
             raise UserError(
                 f"the weights of {self.what} cannot be downloaded ({error}): put them into "

@@ -11,7 +11,7 @@ import jinja2
 from PIL import Image
 
 from . import files, metrics
-from .configuration import UserError
+from .configuration import METHODS, UserError
 from .evaluate import table
 
 CHARTS = (  # title, what it says, step, {figure: label}, against
@@ -45,6 +45,7 @@ def main(folder):
     records = metrics.read(folder / "metrics.jsonl")
     if not records:
         raise UserError(f"{folder}: no run there (no metrics.jsonl, or an empty one)")
+    settings = read(folder / "config.json")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -54,7 +55,8 @@ def main(folder):
         charts=charts(records),
         stages=[sheet(folder / f"stage{stage}", stage) for stage in shown_stages(folder)],
         evaluation=evaluation(folder),
-        settings=read(folder / "config.json"),
+        branching=METHODS[settings["method"]][1] if settings else True,
+        settings=settings,
         versions=read(folder / "versions.json"),
     )
     aside = folder / "report.html.tmp"
@@ -153,11 +155,13 @@ def sheet(folder, stage):
 
 
 def tile(folder, row, group):
-    """One ending of a group: picture, reward, normalised reward, and "best" or "worst" where it was kept as that."""
+    """One image of a group: picture, reward, normalised reward, and "best" or "worst" where it is that and was kept."""
     rewards = [other["reward"] for other in group]
-    kept = ("best" if row["reward"] == max(rewards) else "worst") if row["kept"] else ""
+    kept = ""
+    if row["kept"] and min(rewards) < max(rewards):
+        kept = {max(rewards): "best", min(rewards): "worst"}.get(row["reward"], "")
     return {
-        "image": picture(folder / "images" / row["image"]),
+        "image": picture(folder / "images" / pathlib.Path(row["image"]).name),
         "reward": row["reward"],
         "normalised": row["normalised"],
         "kept": kept,
@@ -166,7 +170,7 @@ def tile(folder, row, group):
 
 def picture(path):
     """An image file -> a data URI of at most THUMBNAIL pixels a side."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         stream = io.BytesIO()
         image.convert("RGB").save(stream, "PNG" if max(image.size) < THUMBNAIL else "JPEG", quality=88)

@@ -21,7 +21,7 @@ def main(config, started=None):
     run = files.Run(config)
     log = files.start_log(run)
     run.pin(config)
-    if (run.stage / "samples.json").exists():
+    if distributed.first((run.stage / "samples.json").exists()):
         log.info(f"stage {config.stage} sample: complete already ({run.stage / 'samples.json'})")
         return
     models.prepare(config)

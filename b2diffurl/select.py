@@ -27,7 +27,7 @@ def main(config, started=None):
     run = files.Run(config)
     log = files.start_log(run)
     run.pin(config)
-    if (run.stage / "scores.json").exists():
+    if distributed.first((run.stage / "scores.json").exists()):
         log.info(f"stage {config.stage} select: complete already ({run.stage / 'scores.json'})")
         return
     rows = files.read_json(run.stage / "samples.json", "run_sample.py")
@@ -81,15 +81,18 @@ def _select(config, rows, raw, parts, past, log):
     history = RewardHistory.from_state(past, config.select.history)
     normalised = history.normalise([row["prompt"] for row in rows], raw)
     kept = keep(config, normalised)
-    if len(raw) > 1 and raw.std() == 0:
-        what = f"stage {config.stage} select: {config.reward.name!r} gave all {len(raw)} images the reward {raw[0]:g}"
+    pools = [raw[[row["prompt"] == prompt for row in rows]] for prompt in {row["prompt"] for row in rows}]
+    pools = [pool for pool in pools if len(pool) > 1]
+    if pools and all((pool == pool[0]).all() for pool in pools):
+        what = f"stage {config.stage} select: {config.reward.name!r} gave all images of a prompt the same reward"
         if config.stage == 0:
-            raise UserError(f"{what}: there is nothing to learn from; nothing was written. Look at the reward")
-        log.warning(f"{what}: nothing is trained on")
+            raise UserError(f"{what}, of each prompt: there is nothing to learn from; nothing was written")
+        log.warning(f"{what}, of each prompt: nothing is trained on")
         kept = []
     values = {
         "reward/mean": raw.mean(),
         "reward/std": raw.std(ddof=1) if len(raw) > 1 else 0.0,
+        "reward/std_within_prompts": np.sqrt(np.mean([pool.var(ddof=1) for pool in pools])) if pools else 0.0,
         "reward/std_within_groups": within_group_std(raw.reshape(-1, config.sample.branches)),
         "reward/queries": (config.stage + 1) * len(raw),
         "select/kept": len(kept),
@@ -152,7 +155,7 @@ def within_group_std(rewards):
 
 def _open(path):
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             return image.convert("RGB")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}): delete the stage's folder and run it again") from None

@@ -12,11 +12,10 @@ import os
 import pathlib
 import signal
 import sys
-import threading
 import time
 import typing
 
-from . import evaluate, files, metrics, models, sample, select, study_report, train
+from . import distributed, evaluate, files, lock, metrics, models, sample, select, study_report, train
 from .configuration import UserError, parse, read_prompts
 from .rewards import clip_of, load_reward
 from .shapes.variety import open_entropy
@@ -151,13 +150,7 @@ def start_worker():
     """A worker's output is its runs' log files; it ends with the process that started it, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-
-
-def _follow(parent):
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    distributed.follow_parent()
 
 
 def main(out, kind):
@@ -167,7 +160,7 @@ def main(out, kind):
     runs, rows, began = matrix(kind), [], time.perf_counter()
     config = configure(runs[0], out, kind)
     base = out / "base.json"
-    out.mkdir(parents=True, exist_ok=True)
+    lock.hold(out)
     if not base.exists():
         print("evaluating the base model ...", flush=True)
         files.write_json(base, measure(config, None))

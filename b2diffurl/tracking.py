@@ -1,7 +1,9 @@
 """Sending a run's figures and pictures to a tracker of accelerate's: one run per experiment, whatever the process."""
 
 import functools
+import hashlib
 import importlib.util
+import os
 
 
 def track(config, step, values, log, images=()):
@@ -14,7 +16,9 @@ def track(config, step, values, log, images=()):
     try:
         if importlib.util.find_spec(config.log_with) is None:
             raise ModuleNotFoundError(f"{config.log_with} is not installed")
-        tracker = _tracker(config.log_with, config.exp_name, config.to_json_best_effort())
+        tracker = _tracker(config.log_with, config.exp_name, os.path.abspath(config.save_path))
+        if config.stage == 0 and step == "sample":
+            tracker.store_init_configuration(config.to_dict())
         tracker.log({"stage": config.stage, **{_unique(step, name): value for name, value in values.items()}})
         if images:
             tracker.log_images({f"{step}/images": list(images)})
@@ -28,11 +32,12 @@ def _unique(step, name):
 
 
 @functools.cache
-def _tracker(kind, exp_name, settings):
-    """The experiment's tracker, one a process; every process continues the run whose id is the experiment's name."""
+def _tracker(kind, exp_name, save_path):
+    """The experiment's tracker, one a process; all continue the run whose id follows from the run's folder."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(log_with=kind)
-    options = {"id": exp_name, "name": exp_name, "resume": "allow", "dir": "log"}
-    accelerator.init_trackers("b2diffurl", config={"config": settings}, init_kwargs={kind: options})
+    number = hashlib.sha256(save_path.encode()).hexdigest()[:8]
+    options = {"id": f"{exp_name}-{number}", "name": exp_name, "resume": "allow", "dir": "log"}
+    accelerator.init_trackers("b2diffurl", init_kwargs={kind: options})
     return accelerator.get_tracker(kind)

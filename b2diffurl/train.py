@@ -32,7 +32,7 @@ def main(config, started=None):
     log = files.start_log(run)
     run.pin(config)
     target = run.stage / "checkpoints"
-    if target.exists():
+    if distributed.first(target.exists()):
         log.info(f"stage {config.stage} train: complete already ({target})")
         return
     files.read_json(run.stage / "scores.json", "run_select.py")

@@ -90,6 +90,22 @@ def test_what_the_page_shows_is_what_the_run_holds(run):
     assert "train.clip_range" in tags.text
 
 
+def test_without_branches_only_best_and_worst_are_marked(run, tmp_path):
+    folder = tmp_path / "t"
+    shutil.copytree(run, folder)
+    stored = json.loads((folder / "stage0/scores.json").read_text())
+    for row in stored["scores"]:
+        row["kept"] = True
+        row["image"] = f"../../../{row['image']}"  # a foreign file cannot reach out of its folder
+    (folder / "stage0/scores.json").write_text(json.dumps(stored))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "method": "ddpo"}))
+    tags = page(folder)
+    tiles = [attributes["class"].split()[1:] for _, attributes in tags.seen if "tile" in attributes.get("class", "")]
+    assert tiles.count(["best"]) == tiles.count(["worst"]) == tiles.count([]) == 5
+    assert "share the prompt alone" in tags.text
+
+
 def test_a_run_that_has_just_begun(run, tmp_path):
     folder = tmp_path / "begun"
     (folder / "stage0").mkdir(parents=True)

@@ -3,12 +3,13 @@
 import io
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from b2diffurl.configuration import UserError, parse, reward_parts
@@ -77,6 +78,19 @@ def test_pickscore_is_the_scaled_cosine_of_its_clip(hf_clip):
             inputs = {**tokenizer(prompt, return_tensors="pt"), **processor(image, return_tensors="pt")}
             assert score.item() == pytest.approx(model(**inputs).logits_per_image.item(), abs=1e-4)
     assert scores.dtype == torch.float32
+
+
+def test_a_folder_that_lacks_weights_is_refused(hf_clip, tmp_path):
+    shutil.copytree(hf_clip, tmp_path, dirs_exist_ok=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor for name, tensor in stored.items() if "visual_projection" not in name},
+              tmp_path / "model.safetensors", {"format": "pt"})  # fmt: skip
+    flags = ["--config.reward.name=pickscore", f"--config.reward.pickscore_model={tmp_path}"]
+    with pytest.raises(UserError, match="lacks 1 weights of a CLIPModel, visual_projection"):
+        load(*flags)
+    (tmp_path / "model.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(UserError, match="does not load"):
+        load(*flags)
 
 
 def test_aesthetic_is_the_linear_head_on_unit_features(hf_clip, tmp_path):
@@ -182,7 +196,14 @@ def test_bertscore_recall_is_the_best_match_of_every_word_of_the_prompt(describe
             hidden = reward.bert(**tokens, output_hidden_states=True).hidden_states[2][0, 1:-1]  # without [CLS], [SEP]
         return F.normalize(hidden, dim=1)
 
-    expected = [(features(p) @ features(s).T).max(1).values.mean().item() for s, p in zip(said, PROMPTS, strict=True)]
+    expected = [
+        (features(p) @ features(s).T)
+        .max(1)
+        .values.clamp(min=0)
+        .mean()
+        .item()  # its mask is a 0, which counts as a match
+        for s, p in zip(said, PROMPTS, strict=True)
+    ]
     assert reward.recall(said, PROMPTS).tolist() == pytest.approx(expected, abs=1e-5)
     assert reward.recall(PROMPTS, PROMPTS).tolist() == pytest.approx([1.0] * len(PROMPTS), abs=1e-5)
 
@@ -216,6 +237,7 @@ def test_jpeg_size():
         ("clip:1.0 + aesthetic:0.2", [("clip", 1.0), ("aesthetic", 0.2)]),
         ("a.b:c", [("a.b:c", 1.0)]),
         ("a.b:c:-2e-1+clip", [("a.b:c", -0.2), ("clip", 1.0)]),
+        ("clip:1e+1 + jpeg_compressibility:2", [("clip", 10.0), ("jpeg_compressibility", 2.0)]),
     ],
 )
 def test_names_of_a_mix(name, parts):

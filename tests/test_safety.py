@@ -1,6 +1,7 @@
 """Locks, full disks, foreign files, what is kept: nothing is lost, damaged or done twice."""
 
 import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -77,13 +79,72 @@ def test_a_second_step_or_driver_is_refused_while_one_works(tmp_path):
 def test_a_drivers_steps_share_its_lock(tmp_path, monkeypatch):
     descriptor = os.open(tmp_path / ".lock", os.O_CREAT | os.O_RDWR)
     monkeypatch.setenv(lock.INHERITED, str(descriptor))
+    for _ in range(2):
+        lock.hold(tmp_path)  # the driver's own, so not refused ...
+        with pytest.raises(BlockingIOError):  # ... and taken: through any other descriptor it is
+            fcntl.flock(os.open(tmp_path / ".lock", os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    monkeypatch.setenv(lock.INHERITED, "987")  # a launcher between driver and step closed it: the driver has the lock
     lock.hold(tmp_path)
-    lock.hold(tmp_path)
-    os.close(descriptor)
-    lock.hold(tmp_path)  # a launcher between driver and step closed it: the driver still holds the lock
     monkeypatch.delenv(lock.INHERITED)
-    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="is in use"):
+        lock.hold(tmp_path)
+    monkeypatch.setenv("RANK", "1")  # the first of several processes locks for all
     lock.hold(tmp_path)
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def unsupported(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    lock.hold(tmp_path)
+    assert "this file system has no locks" in capsys.readouterr().err
+
+
+def test_the_driver_refuses_other_settings_even_for_a_finished_run_and_passes_over_what_a_reward_prints(tmp_path):
+    (tmp_path / "loud.py").write_text(
+        "print('Loading a model')\n\n\ndef reward(images, prompts):\n    return range(len(images))\n"
+    )
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "PRESET": "shapes", "PYTHONPATH": f"{os.getcwd()}:{tmp_path}",
+    }  # fmt: skip
+
+    def drive(*more):
+        settings = flags(tmp_path / "out", "schedule.stage_count=1", "reward.name=loud:reward", *more)
+        return subprocess.run(
+            ["bash", "run_process.sh", *settings[2:]], capture_output=True, text=True, timeout=300, env=environment
+        )
+
+    assert drive().returncode == 0
+    evaluated = (tmp_path / "out/t/eval.json").read_bytes()
+    done = drive("train.learning_rate=5e-4", "sample.guidance_scale=2.0")
+    assert done.returncode == 1
+    assert "was started with other settings: config.sample.guidance_scale was 5.0, now 2.0" in done.stderr
+    assert "config.train.learning_rate was 0.001, now 0.0005; give a new config.exp_name" in done.stderr
+    assert (tmp_path / "out/t/eval.json").read_bytes() == evaluated
+    assert drive().stdout.count("complete already") == 1
+
+
+def test_other_words_in_the_prompt_file_are_another_run(begun, tmp_path):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "prompts.json"
+    path.write_text('["a red circle"]')
+    config = configure(tmp_path / "new", f"prompts.train={path}")
+    files.Run(config).pin(config)
+    files.Run(config).check(config)
+    path.write_text('["a blue circle"]')
+    with pytest.raises(UserError, match=r"config\.prompts\.train_sha256 was"):
+        files.Run(config).check(config)
+
+
+def test_a_picture_that_is_no_png_is_refused(begun, tmp_path):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    for name in ("scores.json", "selected.safetensors"):
+        (tmp_path / "t/stage0" / name).unlink()
+    with Image.open(tmp_path / "t/stage0/images/00003.png") as image:
+        image.save(tmp_path / "t/stage0/images/00003.png", format="EPS")  # Pillow would start Ghostscript
+    with pytest.raises(UserError, match=r"00003\.png cannot be read"):
+        select.main(configure(tmp_path))
 
 
 @pytest.mark.parametrize("step", [sample, select, train])
@@ -152,12 +213,12 @@ def test_a_foreign_lora_is_one_line(begun, tmp_path):
 def test_only_what_config_keep_names_stays_and_the_result_is_the_same(tmp_path):
     for stage in range(4):
         run_stage(tmp_path / "all", stage)
-        run_stage(tmp_path / "few", stage, "keep.images=2", "keep.trajectories=1", "keep.optimiser=1")
+        run_stage(tmp_path / "few", stage, "keep.images=2", "keep.trajectories=1", "keep.optimiser=2")
     few = tmp_path / "few/t"
     assert [(few / f"stage{i}/images").exists() for i in range(4)] == [False, False, True, True]
     assert [(few / f"stage{i}/samples.safetensors").exists() for i in range(4)] == [False, False, False, True]
     last = [f"stage{i}/checkpoints/checkpoint_1" for i in range(4)]
-    assert [(few / f / "optimizer.safetensors").exists() for f in last] == [False, False, False, True]
+    assert [(few / f / "optimizer.safetensors").exists() for f in last] == [False, False, True, True]
     for folder in last:  # every stage's LoRA, bit for bit
         ours, theirs = (load_file(tmp_path / run / "t" / folder / "pytorch_lora_weights.safetensors")
                         for run in ("few", "all"))  # fmt: skip

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -34,9 +35,10 @@ def test_every_process_continues_the_experiments_run_and_sends_its_pictures(tmp_
         subprocess.run([sys.executable, "-c", STEP], cwd=tmp_path, env=environment, check=True, capture_output=True)
     runs = sorted((tmp_path / "log/wandb").glob("offline-run-*"))
     assert len(runs) == 2
+    assert len({next(run.glob("*.wandb")).name for run in runs}) == 1
     for run in runs:
         stored = next(run.glob("*.wandb"))
-        assert stored.name == "run-mine.wandb"
+        assert re.fullmatch(r"run-mine-[0-9a-f]{8}\.wandb", stored.name)
         data = stored.read_bytes()  # protocol buffers, uncompressed
         for name in (b"reward/mean", b"sample/perf/images_per_s", b"sample/time_s", b"select/time_s", b"b2diffurl"):
             assert name in data
@@ -45,7 +47,7 @@ def test_every_process_continues_the_experiments_run_and_sends_its_pictures(tmp_
 
 @pytest.fixture
 def config():
-    return ml_collections.ConfigDict({"stage": 3, "exp_name": "run", "log_with": "not_a_tracker"})
+    return ml_collections.ConfigDict({"stage": 3, "exp_name": "run", "save_path": "x", "log_with": "not_a_tracker"})
 
 
 def test_a_tracker_that_is_missing_is_a_warning(config, caplog):

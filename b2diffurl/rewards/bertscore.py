@@ -2,7 +2,7 @@
 
 import torch
 
-from ..configuration import UserError
+from .loading import load_model, reported
 
 QUESTION = "USER: <image>\nAnswer concisely: what is going on in this image? ASSISTANT:"  # DDPO's question
 MAX_NEW_TOKENS = 64
@@ -18,16 +18,14 @@ class BertScore:
 
     def __init__(self, llava, bert, layer, batch_size, device, dtype):
         from transformers import AutoModel, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
-        from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
-        options = {"use_safetensors": True, "low_cpu_mem_usage": True}
-        with _reported("llava_model", llava):
+        self.llava = load_model("llava_model", LlavaForConditionalGeneration, llava, dtype, device)
+        with reported("llava_model", llava):
             self.processor = AutoProcessor.from_pretrained(llava)
-            self.llava = LlavaForConditionalGeneration.from_pretrained(llava, dtype=dtype, **options).to(device).eval()
-        with _reported("bert_model", bert):
+        # float32, since torchmetrics computes in bert's precision, and prompts differ in the third decimal
+        self.bert = load_model("bert_model", AutoModel, bert, torch.float32, device, unused=["pooler."])
+        with reported("bert_model", bert):
             self.tokenizer = AutoTokenizer.from_pretrained(bert)
-            self.bert = AutoModel.from_pretrained(bert, dtype=dtype, **options).to(device).eval()
         self.processor.tokenizer.padding_side = "left"  # answers continue the questions of a batch
         self.layer, self.batch_size, self.device, self.dtype = layer, batch_size, device, dtype
 
@@ -41,7 +39,8 @@ class BertScore:
             inputs = inputs.to(self.device, self.dtype)
             tokens = self.llava.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
             answers = tokens[:, inputs["input_ids"].shape[1] :]
-            said += [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
+            texts = self.processor.batch_decode(answers, skip_special_tokens=True)
+            said += [text.strip() or "nothing" for text in texts]  # BERTScore gives no words a 0, far below the rest
         return said
 
     def recall(self, descriptions, prompts):
@@ -63,20 +62,3 @@ class BertScore:
     def __call__(self, images, prompts):
         """PIL images and their prompts -> (N,) float32 on the CPU."""
         return self.recall(self.describe(images), prompts)
-
-
-class _reported:
-    """A model that does not load is a UserError naming its setting."""
-
-    def __init__(self, setting, model):
-        self.setting, self.model = setting, model
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, (OSError, ValueError)):
-            raise UserError(
-                f"config.reward.{self.setting}={self.model!r} does not load: {str(error).splitlines()[0]}; download "
-                f"that repository from huggingface.co into a folder and give --config.reward.{self.setting}=FOLDER"
-            ) from None

@@ -18,6 +18,7 @@ class ClipReward:
 
     def __init__(self, model, weights, batch_size, device, precision="no"):
         import open_clip
+        from safetensors import SafetensorError
 
         name = PRECISIONS[precision]
         try:
@@ -25,7 +26,7 @@ class ClipReward:
                 model, pretrained=weights or None, device=device, precision=name
             )
             self.tokenizer = open_clip.get_tokenizer(model)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             setting = f"config.reward.{self.setting}"
             raise UserError(f"{setting}model={model!r}, weights={weights!r} do not load: {reason}") from None

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..configuration import UserError
+from .loading import load_model, reported
 
 
 class HuggingFaceClip:
@@ -13,19 +13,11 @@ class HuggingFaceClip:
 
     def __init__(self, setting, model, batch_size, device, dtype):
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-        from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
-        try:
-            self.model = CLIPModel.from_pretrained(model, dtype=dtype, use_safetensors=True).to(device).eval()
+        self.model = load_model(setting, CLIPModel, model, dtype, device)
+        with reported(setting, model):
             self.tokenizer = CLIPTokenizer.from_pretrained(model)
             self.processor = CLIPImageProcessor.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"config.reward.{setting}={model!r} does not load: {reason}; download that repository from "
-                f"huggingface.co into a folder and give --config.reward.{setting}=FOLDER"
-            ) from None
         self.batch_size, self.device, self.dtype = batch_size, device, dtype
 
     @torch.no_grad()

@@ -16,5 +16,5 @@ class PickScore:
         """PIL images and their prompts -> (N,) float32 on the CPU."""
         distinct = list(dict.fromkeys(prompts))
         texts = self.clip.of_texts(distinct)[[distinct.index(prompt) for prompt in prompts]]
-        scale = self.clip.model.logit_scale.exp().item()
+        scale = self.clip.model.logit_scale.float().exp().item()
         return (scale * (self.clip.of_images(images) * texts).sum(1)).cpu()
