@@ -189,16 +189,18 @@ def _changed(config, lora, before):
 
 
 def provenance(config):
-    """What a LoRA file says of itself, {name: text}: base model, run, stage, interval, hash of the run's settings."""
+    """What a LoRA file says of itself, {name: text}: base model, stage, interval, hash of the run's settings.
+
+    The run's name is not in it: the same settings make the same file.
+    """
     start, stop = interval_of(config)
-    settings = json.dumps(files.that_matter(files.flat(config)), sort_keys=True)
+    settings = {name: value for name, value in files.that_matter(files.flat(config)).items() if name != "exp_name"}
     return {
         "base_model": config.pretrained.model,
         "base_revision": config.pretrained.revision,
-        "exp_name": config.exp_name,
         "stage": str(config.stage),
         "interval": f"{start}:{stop} of {config.sample.num_steps}",
-        "config_sha256": hashlib.sha256(settings.encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     }
 
 
