@@ -120,7 +120,22 @@ def write_tensors(path, tensors, metadata=None):
         if not code:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+    if metadata:
+        _sort_metadata(aside)
     os.replace(aside, path)
+
+
+def _sort_metadata(path):
+    """Put a safetensors file's metadata into alphabetical order; it is written in a random one."""
+    with path.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise ValueError(f"{path}: its header is not written as compactly as can be")
+        stream.seek(8)
+        stream.write(text.ljust(size))  # safetensors pads headers with spaces
 
 
 PRUNED = {  # config.keep.<name> -> what goes, below a stage's folder

@@ -1,7 +1,8 @@
 """The paper's claims, in miniature: methods x algorithms x seeds on `shapes`, at an equal budget of reward queries.
 
-`python -m b2diffurl.study [--quick | --search] [--out DIR]` writes results.csv, table.md and curves.png into DIR/quick,
-DIR/search or DIR/full. The same command goes on where it was stopped.
+`python -m b2diffurl.study [--quick | --search] [--out DIR] [--rows ALGORITHM:METHOD ...] [--seeds N ...]` writes
+results.csv, table.md and curves.png into DIR/quick, DIR/search or DIR/full. The same command goes on where it was
+stopped; a run whose last stage is in results.csv is done.
 """
 
 import argparse
@@ -59,23 +60,30 @@ class Job(typing.NamedTuple):
     seed: int
     place: int  # of its settings in GRID[algorithm]
 
+    def key(self):
+        """What names the run in results.csv: (algorithm, method, settings, seed)."""
+        settings = GRID[self.algorithm][self.place].items()
+        return self.algorithm, self.method, ", ".join(f"{n.split('.')[1]} {v:g}" for n, v in settings), self.seed
 
-def matrix(kind):
-    """The runs of a full | quick | search study.
+
+def matrix(kind, cells=(), seeds=()):
+    """The runs of a full | quick | search study; cells ("algorithm:method") and seeds: only these, or these instead.
 
     full: five seeds for DDPO's four methods, three for two of each other algorithm's. search: every setting of the grid
     for each of those ten, on a seed of its own.
     """
+    plain = [("ddpo_is", method) for method in METHODS]
+    others = [(algorithm, method) for algorithm in OTHERS for method in ("ddpo", "b2")]
     if kind == "search":
-        cells = [("ddpo_is", method) for method in METHODS] + [(a, m) for a in OTHERS for m in ("ddpo", "b2")]
-        return [Job(*cell, 201, place) for cell in cells for place in range(len(GRID[cell[0]]))]
-    seeds = range(101, 103) if kind == "quick" else range(101, 106)
-    cells = [("ddpo_is", method, seed) for seed in seeds for method in METHODS]
-    if kind == "quick":
-        cells += [(name, "b2", seeds[0]) for name in OTHERS]
+        runs = [Job(*cell, 201, place) for cell in plain + others for place in range(len(GRID[cell[0]]))]
     else:
-        cells += [(name, method, seed) for seed in seeds[:3] for name in OTHERS for method in ("ddpo", "b2")]
-    return [Job(*cell, CHOSEN[cell[:2]]) for cell in cells]
+        many, few = ((101, 102), (101,)) if kind == "quick" else (range(101, 106), range(101, 104))
+        if kind == "quick":
+            others = [cell for cell in others if cell[1] == "b2"]
+        pairs = [(cell, seed) for seed in seeds or many for cell in plain]
+        pairs += [(cell, seed) for seed in seeds or few for cell in others]
+        runs = [Job(*cell, seed, CHOSEN[cell]) for cell, seed in pairs]
+    return [job for job in runs if not cells or ":".join(job[:2]) in cells]
 
 
 def configure(job, out, kind):
@@ -153,17 +161,28 @@ def start_worker():
     distributed.follow_parent()
 
 
-def main(out, kind):
-    """Run the matrix, one warm process a core, and write the report after every run that ends."""
+def main(out, kind, cells=(), seeds=()):
+    """Run the matrix, one warm process a core, and write the report after every run that ends.
+
+    Runs of which out/results.csv has the last stage are done. cells, seeds: see matrix.
+    """
     import torch
 
-    runs, rows, began = matrix(kind), [], time.perf_counter()
+    runs, began = matrix(kind, cells, seeds), time.perf_counter()
+    if not runs:
+        raise UserError(f"--rows {' '.join(cells)}: must be algorithm:method as in results.csv, for example ddpo_is:b2")
     config = configure(runs[0], out, kind)
     base = out / "base.json"
     lock.hold(out)
     if not base.exists():
         print("evaluating the base model ...", flush=True)
         files.write_json(base, measure(config, None))
+    rows = study_report.read(out / "results.csv")
+    last = config.schedule.stage_count - 1
+    done = {(r["algorithm"], r["method"], r["settings"], r["seed"]) for r in rows if r["stage"] == last}
+    runs = [job for job in runs if job.key() not in done]
+    if rows:
+        study_report.write(out, rows, files.read_json(base, "the study"))
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers, which start after this
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
@@ -171,9 +190,7 @@ def main(out, kind):
     try:
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
             job = futures[future]
-            said = (
-                f"{number}/{len(runs)} {job.algorithm} {job.method} {GRID[job.algorithm][job.place]} seed {job.seed}: "
-            )
+            said = f"{number}/{len(runs)} {' '.join(map(str, job.key()))}: "
             try:
                 rows += future.result()
             except UserError as error:  # a run that diverged is a result too; the others go on
@@ -199,10 +216,12 @@ if __name__ == "__main__":
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--quick", action="store_true", help="a small matrix of short runs: minutes, no evidence")
     kinds.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and seeds")
+    parser.add_argument("--rows", nargs="+", default=(), help="only these, as algorithm:method")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(), help="these instead of the study's own")
     given = parser.parse_args()
     kind = "quick" if given.quick else "search" if given.search else "full"
     try:
-        main(given.out / kind, kind)
+        main(given.out / kind, kind, given.rows, given.seeds)
     except UserError as error:
         sys.exit(f"study.py: {error}")
     except KeyboardInterrupt:

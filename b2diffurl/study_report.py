@@ -39,6 +39,18 @@ def write(out, rows, base):
     draw(out, rows, base)
 
 
+def read(path):
+    """The rows of a results.csv as write got them; none where there is no file."""
+    if not path.exists():
+        return []
+    texts, counts = ("algorithm", "method", "settings"), ("seed", "stage", "queries", "unet_evals")
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [
+            {k: v if k in texts else int(v) if k in counts else float(v) for k, v in row.items() if v != ""}
+            for row in csv.DictReader(stream)
+        ]
+
+
 def interval(values, resamples=10_000):
     """Mean over seeds and its 95 % bootstrap interval: (mean, low, high); a single seed has no interval (nan)."""
     values = np.asarray(values, dtype=float)
@@ -73,13 +85,39 @@ def table(rows, base):
         spent = f"{max(row['queries'] for row in runs.values())} | {_millions(runs.values())}"
         lines.append(f"| {algorithm} | {method} | {settings} | {len(runs)} | {spent} | {figures} |")
     for algorithm in dict.fromkeys(algorithm for algorithm, _, _ in cells):
-        ours, plain = ([runs for cell, runs in cells.items() if cell[:2] == (algorithm, m)] for m in ("b2", "ddpo"))
-        if len(ours) == len(plain) == 1 and (shared := sorted(set(ours[0]) & set(plain[0]))):
-            gaps = {key: [ours[0][seed][key] - plain[0][seed][key] for seed in shared] for key in FIGURES}
-            figures = " | ".join(_figure(gaps[key], "+.3f") for key in FIGURES)
-            lines.append(f"| {algorithm} | b2 - ddpo, by seed | | {len(shared)} | | | {figures} |")
-    note = "Mean over seeds and, in brackets, its 95 % bootstrap interval, which is too narrow for so few seeds."
+        lines += comparisons(rows, cells, base, algorithm)
+    note = (
+        "Mean over seeds and, in brackets, its 95 % bootstrap interval, which is too narrow for so few seeds. "
+        "Differences are by seed, at the end: at equal reward queries, and at the UNet evaluations that the first "
+        "method has spent (ddpo's figures interpolated between its evaluated stages)."
+    )
     return "\n".join([*lines, "", note]) + "\n"
+
+
+def comparisons(rows, cells, base, algorithm):
+    """Lines of the table: each method minus ddpo; none where a method was run with several settings."""
+    of = {m: [runs for cell, runs in cells.items() if cell[:2] == (algorithm, m)] for m in ORDER}
+    if len(of["ddpo"]) != 1:
+        return []
+    (plain,), lines = of["ddpo"], []
+    for method, found in of.items():
+        if method == "ddpo" or len(found) != 1 or not (shared := sorted(set(found[0]) & set(plain))):
+            continue
+        for what, other in (
+            ("at equal queries", plain),
+            ("at equal UNet evaluations", {s: _at(rows, base, plain[s], found[0][s]["unet_evals"]) for s in shared}),
+        ):
+            gaps = {key: [found[0][seed][key] - other[seed][key] for seed in shared] for key in FIGURES}
+            figures = " | ".join(_figure(gaps[key], "+.3f") for key in FIGURES)
+            lines.append(f"| {algorithm} | {method} - ddpo | {what} | {len(shared)} | | | {figures} |")
+    return lines
+
+
+def _at(rows, base, last, unet_evals):
+    """{figure: value} of the run that ended in the row `last`, when it had spent unet_evals."""
+    run = [r for r in rows if (*_cell_of(r), r["seed"]) == (*_cell_of(last), last["seed"]) and "oracle_train" in r]
+    spent = [0, *(row["unet_evals"] for row in run)]
+    return {key: np.interp(unet_evals, spent, [base[key], *(row[key] for row in run)]) for key in FIGURES}
 
 
 def _millions(runs):

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from b2diffurl import files, lock, models, sample, select, train
@@ -208,6 +208,18 @@ def test_a_foreign_lora_is_one_line(begun, tmp_path):
         save_file({k: v.contiguous() for k, v in changed.items()}, path)
         with pytest.raises(UserError, match="holds no LoRA of this model"):
             models.load_lora(models.load_unet(configure(tmp_path)), path.parent)
+
+
+def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path):
+    metadata = {name: f'{name} of "ünïcode"' for name in "qwertyuiop"}
+    written = set()
+    for i in range(5):
+        files.write_tensors(tmp_path / f"{i}.safetensors", {"b": torch.ones(3), "a": torch.zeros(2, 2)}, metadata)
+        written.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(written) == 1
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as stored:
+        assert stored.metadata() == metadata
+        assert stored.get_tensor("b").tolist() == [1, 1, 1]
 
 
 def test_only_what_config_keep_names_stays_and_the_result_is_the_same(tmp_path):

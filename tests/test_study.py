@@ -34,6 +34,13 @@ def test_matrix_has_the_seeds_that_the_evidence_needs():
             assert len({run.seed for run in runs if run[:2] == (algorithm, method)}) == 3
 
 
+def test_rows_and_seeds_can_be_chosen():
+    assert study.matrix("full", ["ddpo_is:b2"], [7, 8]) == [study.Job("ddpo_is", "b2", seed, 4) for seed in (7, 8)]
+    assert {job[:3] for job in study.matrix("full", ["dpo:b2"])} == {("dpo", "b2", seed) for seed in (101, 102, 103)}
+    assert study.matrix("full", ["b2"]) == []
+    assert len(study.matrix("quick")) == 4 * 2 + 3
+
+
 def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence(tmp_path):
     search, full = study.matrix("search"), study.matrix("full")
     assert set(collections.Counter(job[:2] for job in search).values()) == {5}
@@ -100,7 +107,7 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small):
     again = study.run(JOB, small, "quick")
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
     base = study.measure(study.configure(JOB, small, "quick"), None)
-    other = [{**row, "method": "ddpo"} for row in rows]
+    other = [{**row, "method": "ddpo", "unet_evals": 2 * row["unet_evals"]} for row in rows]
     other[-1]["oracle_train"] = 0.25
     study_report.write(small, rows + other, base)
     stored = list(csv.DictReader((small / "results.csv").open(encoding="utf-8")))
@@ -108,5 +115,10 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small):
     assert float(stored[3]["oracle_train"]) == pytest.approx(rows[-1]["oracle_train"], abs=1e-6)
     text = (small / "table.md").read_text()
     assert f"| ddpo_is | b2 | learning_rate 0.001 | 1 | 80 | 0.00 M | {rows[-1]['oracle_train']:.3f} |" in text
-    assert f"| ddpo_is | b2 - ddpo, by seed | | 1 | | | {rows[-1]['oracle_train'] - 0.25:+.3f} |" in text
+    ours, halfway = rows[-1]["oracle_train"], (base["oracle_train"] + 0.25) / 2
+    assert f"| ddpo_is | b2 - ddpo | at equal queries | 1 | | | {ours - 0.25:+.3f} |" in text
+    assert f"| ddpo_is | b2 - ddpo | at equal UNet evaluations | 1 | | | {ours - halfway:+.3f} |" in text
+    expected = [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows + other]
+    assert study_report.read(small / "results.csv") == expected
+    assert study_report.read(small / "nothing.csv") == []
     assert (small / "curves.png").stat().st_size > 10_000
