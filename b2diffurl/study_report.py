@@ -88,8 +88,8 @@ def table(rows, base):
         lines += comparisons(rows, cells, base, algorithm)
     note = (
         "Mean over seeds and, in brackets, its 95 % bootstrap interval, which is too narrow for so few seeds. "
-        "Differences are by seed, at the end: at equal reward queries, and at the UNet evaluations that the first "
-        "method has spent (ddpo's figures interpolated between its evaluated stages)."
+        "Differences are by seed, from where the first method ended to where ddpo had spent as many queries, as many "
+        "UNet evaluations, or had come as far in alignment (on straight lines between its evaluated stages)."
     )
     return "\n".join([*lines, "", note]) + "\n"
 
@@ -103,21 +103,26 @@ def comparisons(rows, cells, base, algorithm):
     for method, found in of.items():
         if method == "ddpo" or len(found) != 1 or not (shared := sorted(set(found[0]) & set(plain))):
             continue
-        for what, other in (
-            ("at equal queries", plain),
-            ("at equal UNet evaluations", {s: _at(rows, base, plain[s], found[0][s]["unet_evals"]) for s in shared}),
-        ):
+        others = {
+            "at equal queries": plain,
+            **{f"at equal {NAMES[axis]}": {seed: _at(rows, base, plain[seed], axis, found[0][seed]) for seed in shared}
+               for axis in ("unet_evals", "oracle_train")},
+        }  # fmt: skip
+        for what, other in others.items():
             gaps = {key: [found[0][seed][key] - other[seed][key] for seed in shared] for key in FIGURES}
             figures = " | ".join(_figure(gaps[key], "+.3f") for key in FIGURES)
             lines.append(f"| {algorithm} | {method} - ddpo | {what} | {len(shared)} | | | {figures} |")
     return lines
 
 
-def _at(rows, base, last, unet_evals):
-    """{figure: value} of the run that ended in the row `last`, when it had spent unet_evals."""
+def _at(rows, base, last, axis, where):
+    """{figure: value} of the run that ended in the row `last`, where its training had got to where[axis].
+
+    Between its evaluated stages on a straight line; oracle alignment at its running maximum.
+    """
     run = [r for r in rows if (*_cell_of(r), r["seed"]) == (*_cell_of(last), last["seed"]) and "oracle_train" in r]
-    spent = [0, *(row["unet_evals"] for row in run)]
-    return {key: np.interp(unet_evals, spent, [base[key], *(row[key] for row in run)]) for key in FIGURES}
+    passed = np.maximum.accumulate([base.get(axis, 0), *(row[axis] for row in run)])
+    return {key: np.interp(where[axis], passed, [base[key], *(row[key] for row in run)]) for key in FIGURES}
 
 
 def _millions(runs):
