@@ -157,6 +157,7 @@ def draw(out, rows, base):
                 panel.plot(x, mean, marker=".", label=" ".join(cell[1:]))
                 panel.fill_between(x, low, high, alpha=0.2)  # nothing where a single seed has no interval
                 panel.set(title=f"{algorithm}: {NAMES[up]}", xlabel=NAMES[across])
+                panel.locator_params(axis="x", nbins=5)
         panels[0].legend(fontsize="x-small")
     aside = out / "curves.tmp.png"
     FigureCanvasAgg(figure).print_png(aside)
