@@ -42,10 +42,17 @@ def test_shapes_and_final_latents(unet, scheduler):
 def test_unet_budget_is_prefix_once_and_interval_per_branch(unet, scheduler, interval):
     seen = []
     hook = unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    result, *_ = run(unet, scheduler, interval)
+    result, *_ = run(unet, scheduler, interval, batch_size=GROUPS * BRANCHES)  # no call so small that it is filled up
     hook.remove()
     length = interval[1] - interval[0]
     assert sum(seen) == result.unet_evals == 2 * GROUPS * ((STEPS - length) + BRANCHES * length)
+
+
+def test_a_call_for_few_images_has_the_bits_of_a_larger_one(unet, scheduler):
+    one, many = run(unet, scheduler, batch_size=1)[0], run(unet, scheduler, batch_size=5)[0]
+    assert torch.equal(one.latents, many.latents)
+    assert torch.equal(one.log_probs, many.log_probs)
+    assert one.unet_evals == many.unet_evals
 
 
 def test_an_image_is_the_plain_loop_over_its_own_noise(unet, scheduler):
