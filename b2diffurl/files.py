@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 
-from . import distributed
+from . import distributed, metrics
 from .configuration import UserError, read_prompts
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
@@ -82,6 +82,7 @@ class Run:
             write_json(self.folder / "config.json", flat(config))
         distributed.barrier()
         self.check(config)
+        metrics.read(self.metrics)  # broken, it would be found when the step's work is done
 
 
 def checkpoint(stage_folder):

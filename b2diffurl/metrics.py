@@ -3,12 +3,19 @@
 import json
 import os
 
+from .configuration import UserError
+
 
 def read(path):
-    """All records of a metrics.jsonl, in order; an empty list where there is none."""
+    """All records of a metrics.jsonl, in order; an empty list where there is none. UserError for a broken line."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise UserError(
+            f"{path} has a line that is no JSON ({error}): delete that line, or give a new config.exp_name"
+        ) from None
 
 
 def record(path, config, step, values):

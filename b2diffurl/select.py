@@ -33,7 +33,7 @@ def main(config, started=None):
     rows = files.read_json(run.stage / "samples.json", "run_sample.py")
     if rows != plan(config):
         raise UserError(f"{run.stage} holds the samples of another run: delete it and run run_sample.py again")
-    past = files.read_json(run.previous / "scores.json", "run_select.py")["history"] if run.previous else []
+    past = _history(run.previous / "scores.json") if run.previous else []
     models.prepare(config)
     reward = load_reward(config, models.device())
     loaded = time.perf_counter()
@@ -58,6 +58,16 @@ def main(config, started=None):
         )  # fmt: skip
 
     distributed.agree(conclude)
+
+
+def _history(path):
+    """The RewardHistory state that an earlier stage's scores.json holds."""
+    try:
+        return files.read_json(path, "run_select.py")["history"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} is not what run_select.py writes: delete that stage's folder and run it again"
+        ) from None
 
 
 def _score(run, rows, reward):

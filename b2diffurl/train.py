@@ -37,6 +37,8 @@ def main(config, started=None):
         return
     files.read_json(run.stage / "scores.json", "run_select.py")
     selected = files.read_tensors(run.stage / "selected.safetensors", "run_select.py")
+    if selected.keys() != {"index", "normalised"}:
+        raise UserError(f"{run.stage} holds files of another run: delete it and run all steps of the stage again")
     before = files.require_checkpoint(run.previous) if run.previous else None
     models.prepare(config)
     unet, scheduler = models.load_unet(config), models.load_scheduler(config)

@@ -200,6 +200,26 @@ def test_files_of_another_run_are_refused(begun, tmp_path):
     assert not (stage / "checkpoints").exists()
 
 
+def test_files_of_another_form_are_one_line_before_any_work(begun, tmp_path, monkeypatch):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    sample.main(configure(tmp_path, "stage=1"))
+    scores = tmp_path / "t/stage0/scores.json"
+    whole = scores.read_text()
+    scores.write_text('{"scores": []}')
+    with pytest.raises(UserError, match=r"scores\.json is not what run_select\.py writes"):
+        select.main(configure(tmp_path, "stage=1"))
+    scores.write_text(whole)
+    shutil.rmtree(tmp_path / "t/stage0/checkpoints")
+    shutil.copy(tmp_path / "t/stage0/samples.safetensors", tmp_path / "t/stage0/selected.safetensors")
+    with pytest.raises(UserError, match="holds files of another run"):
+        train.main(configure(tmp_path))
+    with (tmp_path / "t/metrics.jsonl").open("a") as stream:
+        stream.write("{\n")
+    monkeypatch.setattr(models, "load_unet", lambda config: pytest.fail("began to work"))
+    with pytest.raises(UserError, match=r"metrics\.jsonl has a line that is no JSON"):
+        train.main(configure(tmp_path))
+
+
 def test_a_foreign_lora_is_one_line(begun, tmp_path):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     path = files.checkpoint(tmp_path / "t/stage0") / "pytorch_lora_weights.safetensors"
