@@ -46,6 +46,10 @@ class UserError(Exception):
     """Something the user can mend; the message is one line that names the field or file and the way out."""
 
 
+class SharedError(UserError):
+    """A UserError that every process of a step raises; the first one says it."""
+
+
 def run_main(main, locked=False, **options):
     """Parse the command line, check the configuration, call main(config, **options); a UserError is one line, exit 1.
 
@@ -60,7 +64,7 @@ def run_main(main, locked=False, **options):
             lock.hold(pathlib.Path(config.save_path) / config.exp_name)
         main(config, **options)
     except UserError as error:
-        if type(error).__name__ == "SharedError" and os.environ.get("RANK", "0") != "0":
+        if isinstance(error, SharedError) and os.environ.get("RANK", "0") != "0":
             sys.exit(1)
         sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
     except OSError as error:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 
-from .configuration import UserError
+from .configuration import SharedError, UserError
 
 WAIT = datetime.timedelta(hours=12)  # for the slowest process; the first one evaluates alone
 
@@ -41,10 +41,6 @@ def follow_parent():
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-class SharedError(UserError):
-    """A UserError that every process raises; the first one says it."""
 
 
 def size():

@@ -9,7 +9,7 @@ from .hf_clip import HuggingFaceClip
 
 
 class Aesthetic:
-    """reward(images, prompts) -> (N,) float32, about 1 to 10; the prompt plays no part.
+    """reward(images, prompts) -> (N,) float32, on the scale of its labels, 1 to 10; the prompt plays no part.
 
     head: a safetensors file with the published head's tensors, layers.<i>.weight and layers.<i>.bias.
     """

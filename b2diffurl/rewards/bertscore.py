@@ -11,8 +11,9 @@ MAX_NEW_TOKENS = 64
 class BertScore:
     """reward(images, prompts) -> (N,) float32: how much of the prompt the description of the image recalls.
 
-    The scale has no zero: with roberta-large, layer 17, two unrelated English sentences score about 0.83 (BERTScore's
-    own rescaling baseline), and so does the description of a meaningless image. 0.8 is not good; compare differences.
+    The scale has no zero: with roberta-large, layer 17, two unrelated English sentences score above 0.8 (BERTScore's
+    authors rescale for that; not measured here), and so does the description of a meaningless image. 0.8 is not good;
+    compare differences.
     llava, bert: hub ids or local folders; layer: which of bert's layers gives the token features.
     """
 

@@ -4,7 +4,7 @@ from .clip import ClipReward
 
 
 class HpsV2(ClipReward):
-    """reward(images, prompts) -> (N,) float32: the cosine under HPSv2's weights; published images score 0.2 to 0.3.
+    """reward(images, prompts) -> (N,) float32: the cosine under HPSv2's weights.
 
     weights: a safetensors file of the published checkpoint's tensors; "" where model is local-dir:<folder>.
     """

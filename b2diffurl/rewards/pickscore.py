@@ -4,10 +4,7 @@ from .hf_clip import HuggingFaceClip
 
 
 class PickScore:
-    """reward(images, prompts) -> (N,) float32: the fine-tuned CLIP-H's cosine times its logit scale, about 100.
-
-    Published images score about 18 to 24; differences of 1 matter, and only within a prompt.
-    """
+    """reward(images, prompts) -> (N,) float32: the fine-tuned CLIP-H's cosine times its logit scale, as published."""
 
     def __init__(self, model, batch_size, device, dtype):
         self.clip = HuggingFaceClip("pickscore_model", model, batch_size, device, dtype)
