@@ -100,8 +100,9 @@ class _weights(warnings.catch_warnings):
 
     def __exit__(self, kind, error, trace):
         super().__exit__(kind, error, trace)
-        if self.before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        if self.before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = self.before
         if isinstance(error, OSError):
             raise UserError(
                 f"the weights of {self.what} cannot be downloaded ({error}): put them into "

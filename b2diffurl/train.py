@@ -183,10 +183,16 @@ def _changed(config, lora, before):
     after = torch.cat([parameter.detach().flatten() for parameter in lora.values()]).cpu()
     digests = distributed.gather(hashlib.sha256(after.numpy().tobytes()).hexdigest())
     if len(set(digests)) > 1:
-        raise UserError(f"stage {config.stage}: the processes' LoRAs differ ({digests}); the stage was not saved")
+        raise UserError(
+            f"stage {config.stage}: the processes' LoRAs differ ({digests}); the stage was not saved. Run the same "
+            "command again; if it comes back, with one process, or on GPUs of one kind"
+        )
     change = (after - torch.cat([tensor.flatten() for tensor in before]).cpu()).norm().item()
     if not change > 0:
-        raise UserError(f"stage {config.stage}: the updates did not change the LoRA; the stage was not saved")
+        raise UserError(
+            f"stage {config.stage}: the updates did not change the LoRA; the stage was not saved. Look at the rewards "
+            "in scores.json and at config.train.learning_rate"
+        )
     return change
 
 
