@@ -34,16 +34,16 @@ BUDGETS = {  # beside the shapes preset's settings, the same for every run
     "quick": {"schedule.stage_count": 4, "sample.groups": 12, "evaluate.images_per_prompt": 4, **prompt_lists("study")},
     "search": {"schedule.stage_count": 8, "evaluate.images_per_prompt": 16, **prompt_lists("search")},
 }
-GRID = {  # five settings each: the learning rate, and the algorithm's own coefficient where it has one
-    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)],
+GRID = {  # the learning rate, and the algorithm's own coefficient where it has one; a sixth where the fifth was best
+    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)],
     "ddpo_sf": [{"train.learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
     "dpok": [
         {"train.learning_rate": rate, "train.kl_weight": weight}
-        for rate, weight in ((2e-3, 0.1), (4e-3, 0.1), (8e-3, 0.1), (4e-3, 0.01), (4e-3, 1.0))
+        for rate, weight in ((4e-3, 0.1), (8e-3, 0.1), (1.6e-2, 0.1), (8e-3, 0.01), (8e-3, 1.0))
     ],
     "dpo": [
         {"train.learning_rate": rate, "train.dpo_beta": beta}
-        for rate, beta in ((1e-3, 1000), (2e-3, 1000), (4e-3, 1000), (2e-3, 100), (4e-3, 100))
+        for rate, beta in ((4e-3, 1000), (8e-3, 1000), (1.6e-2, 1000), (8e-3, 100), (8e-3, 10000))
     ],
 }
 CHOSEN = {  # by (algorithm, method), the place in GRID whose mean reward was best at the end of the search
