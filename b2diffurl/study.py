@@ -1,8 +1,8 @@
 """The paper's claims, in miniature: methods x algorithms x seeds on `shapes`, at an equal budget of reward queries.
 
-`python -m b2diffurl.study [--quick | --search] [--out DIR] [--rows ALGORITHM:METHOD ...] [--seeds N ...]` writes
-results.csv, table.md and curves.png into DIR/quick, DIR/search or DIR/full. The same command goes on where it was
-stopped; a run whose last stage is in results.csv is done.
+`python -m b2diffurl.study [--quick | --search] [--out DIR] [--rows ALGORITHM:METHOD ...] [--seeds N ...] [--set
+NAME=VALUE ...]` writes results.csv, table.md and curves.png into DIR/quick, DIR/search or DIR/full. The same command
+goes on where it was stopped; a run whose last stage is in results.csv is done.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -39,7 +40,7 @@ GRID = {  # the learning rate, and the algorithm's own coefficient where it has 
     "ddpo_sf": [{"train.learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
     "dpok": [
         {"train.learning_rate": rate, "train.kl_weight": weight}
-        for rate, weight in ((4e-3, 0.1), (8e-3, 0.1), (1.6e-2, 0.1), (8e-3, 0.01), (8e-3, 1.0))
+        for rate, weight in ((4e-3, 0.1), (8e-3, 0.1), (1.6e-2, 0.1), (8e-3, 0.01), (8e-3, 1))
     ],
     "dpo": [
         {"train.learning_rate": rate, "train.dpo_beta": beta}
@@ -58,40 +59,44 @@ class Job(typing.NamedTuple):
     algorithm: str
     method: str
     seed: int
-    place: int  # of its settings in GRID[algorithm]
+    settings: tuple  # of (configuration field, value)
 
     def key(self):
         """What names the run in results.csv: (algorithm, method, settings, seed)."""
-        settings = GRID[self.algorithm][self.place].items()
-        return self.algorithm, self.method, ", ".join(f"{n.split('.')[1]} {v:g}" for n, v in settings), self.seed
+        told = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in self.settings)
+        return self.algorithm, self.method, told, self.seed
 
 
-def matrix(kind, cells=(), seeds=()):
+def matrix(kind, cells=(), seeds=(), changes=()):
     """The runs of a full | quick | search study; cells ("algorithm:method") and seeds: only these, or these instead.
 
     full: five seeds for DDPO's four methods, three for two of each other algorithm's. search: every setting of the grid
-    for each of those ten, on a seed of its own.
+    for each of those ten, on a seed of its own. changes: (field, value) pairs that all runs get over their own.
     """
+
+    def job(cell, seed, place):
+        return Job(*cell, seed, tuple({**GRID[cell[0]][place], **dict(changes)}.items()))
+
     plain = [("ddpo_is", method) for method in METHODS]
     others = [(algorithm, method) for algorithm in OTHERS for method in ("ddpo", "b2")]
     if kind == "search":
-        runs = [Job(*cell, 201, place) for cell in plain + others for place in range(len(GRID[cell[0]]))]
+        runs = [job(cell, 201, place) for cell in plain + others for place in range(len(GRID[cell[0]]))]
     else:
         many, few = ((101, 102), (101,)) if kind == "quick" else (range(101, 106), range(101, 104))
         if kind == "quick":
             others = [cell for cell in others if cell[1] == "b2"]
         pairs = [(cell, seed) for seed in seeds or many for cell in plain]
         pairs += [(cell, seed) for seed in seeds or few for cell in others]
-        runs = [Job(*cell, seed, CHOSEN[cell]) for cell, seed in pairs]
-    return [job for job in runs if not cells or ":".join(job[:2]) in cells]
+        runs = [job(cell, seed, CHOSEN[cell]) for cell, seed in pairs]
+    return [run for run in runs if not cells or ":".join(run[:2]) in cells]
 
 
 def configure(job, out, kind):
     """The shapes preset with a run's settings, all of them; the rest of the matrix differs from it in these alone."""
     settings = {
-        "exp_name": f"{job.algorithm}_{job.method}_{job.place}_seed{job.seed}", "save_path": str(out / "runs"),
-        "method": job.method, "seed": job.seed, "train.algorithm": job.algorithm, **GRID[job.algorithm][job.place],
-        **BUDGETS[kind], "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2,
+        "exp_name": re.sub(r"[^\w.]+", "_", " ".join(map(str, job.key()))), "save_path": str(out / "runs"),
+        "method": job.method, "seed": job.seed, "train.algorithm": job.algorithm,
+        **BUDGETS[kind], "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **dict(job.settings),
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     return parse(["study", "--config", "config/stage_process.py:shapes", *flags])[0]
@@ -127,10 +132,7 @@ def run(job, out, kind):
             for step in (sample, select, train):
                 step.main(config)
                 gc.collect()
-        settings = ", ".join(
-            f"{name.split('.')[1]} {value:g}" for name, value in GRID[job.algorithm][job.place].items()
-        )
-        row = {"algorithm": job.algorithm, "method": job.method, "settings": settings, "seed": job.seed}
+        row = dict(zip(("algorithm", "method", "settings", "seed"), job.key(), strict=True))
         row |= {"stage": config.stage, **spent(place, config)}
         if evaluated(config.stage, stages):
             stored = place.stage / "evaluation.json"
@@ -161,14 +163,14 @@ def start_worker():
     distributed.follow_parent()
 
 
-def main(out, kind, cells=(), seeds=()):
+def main(out, kind, cells=(), seeds=(), changes=()):
     """Run the matrix, one warm process a core, and write the report after every run that ends.
 
-    Runs of which out/results.csv has the last stage are done. cells, seeds: see matrix.
+    Runs of which out/results.csv has the last stage are done. cells, seeds, changes: see matrix.
     """
     import torch
 
-    runs, began = matrix(kind, cells, seeds), time.perf_counter()
+    runs, began = matrix(kind, cells, seeds, changes), time.perf_counter()
     if not runs:
         raise UserError(f"--rows {' '.join(cells)}: must be algorithm:method as in results.csv, for example ddpo_is:b2")
     config = configure(runs[0], out, kind)
@@ -210,6 +212,14 @@ def main(out, kind, cells=(), seeds=()):
     print((out / "table.md").read_text(encoding="utf-8"))
 
 
+def assignment(text):
+    """(field, value) of a NAME=VALUE argument."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=VALUE, for example schedule.left=18")
+    return name, value
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.study", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="model/study", type=pathlib.Path, help="folder of the results and the runs")
@@ -218,10 +228,18 @@ if __name__ == "__main__":
     kinds.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and seeds")
     parser.add_argument("--rows", nargs="+", default=(), help="only these, as algorithm:method")
     parser.add_argument("--seeds", nargs="+", type=int, default=(), help="these instead of the study's own")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        type=assignment,
+        default=(),
+        metavar="NAME=VALUE",
+        help="for all runs, as in schedule.left=18; into a DIR of their own",
+    )
     given = parser.parse_args()
     kind = "quick" if given.quick else "search" if given.search else "full"
     try:
-        main(given.out / kind, kind, given.rows, given.seeds)
+        main(given.out / kind, kind, given.rows, given.seeds, given.set)
     except UserError as error:
         sys.exit(f"study.py: {error}")
     except KeyboardInterrupt:

@@ -1,11 +1,13 @@
 """The study's matrix, its measures of variety, its report, and that it goes on where it was stopped."""
 
+import argparse
 import collections
 import csv
 import itertools
 import math
 import pathlib
 import shutil
+import string
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from b2diffurl.configuration import read_prompts
 from b2diffurl.shapes.scene import render, sample_scenes
 from b2diffurl.shapes.variety import open_entropy
 
-JOB = study.Job("ddpo_is", "b2", 101, 1)
+JOB = study.Job("ddpo_is", "b2", 101, (("train.learning_rate", 1e-3),))
 
 
 def drawn(count, seed=0):
@@ -35,15 +37,33 @@ def test_matrix_has_the_seeds_that_the_evidence_needs():
 
 
 def test_rows_and_seeds_can_be_chosen():
-    assert study.matrix("full", ["ddpo_is:b2"], [7, 8]) == [study.Job("ddpo_is", "b2", seed, 4) for seed in (7, 8)]
+    chosen = tuple(study.GRID["ddpo_is"][study.CHOSEN["ddpo_is", "b2"]].items())
+    assert study.matrix("full", ["ddpo_is:b2"], [7, 8]) == [study.Job("ddpo_is", "b2", s, chosen) for s in (7, 8)]
     assert {job[:3] for job in study.matrix("full", ["dpo:b2"])} == {("dpo", "b2", seed) for seed in (101, 102, 103)}
     assert study.matrix("full", ["b2"]) == []
     assert len(study.matrix("quick")) == 4 * 2 + 3
 
 
+def test_all_runs_can_be_given_other_settings_and_are_told_apart_by_them(tmp_path):
+    (plain,) = study.matrix("full", ["dpok:b2"], [7])
+    (job,) = study.matrix("full", ["dpok:b2"], [7], [("schedule.left", "18"), ("train.learning_rate", "3e-3")])
+    assert job.key() != plain.key()
+    assert job.key()[2].startswith("learning_rate 3e-3, ")
+    assert job.key()[2].endswith(", left 18")
+    config, other = (study.configure(j, tmp_path, "full") for j in (job, plain))
+    assert (config.schedule.left, config.train.learning_rate, config.method) == (18, 3e-3, "b2")
+    assert config.exp_name != other.exp_name
+    assert set(config.exp_name) < set(string.ascii_letters + string.digits + "._-")
+    assert study.assignment("schedule.left=18") == ("schedule.left", "18")
+    with pytest.raises(argparse.ArgumentTypeError, match="NAME=VALUE"):
+        study.assignment("schedule.left")
+
+
 def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence(tmp_path):
     search, full = study.matrix("search"), study.matrix("full")
-    assert set(collections.Counter(job[:2] for job in search).values()) == {5}
+    effort = collections.Counter(job[:2] for job in search)
+    assert {effort[cell] for cell in effort if cell[0] == "ddpo_is"} == {6}
+    assert {effort[cell] for cell in effort if cell[0] != "ddpo_is"} == {5}
     assert {job[:2] for job in search} == {job[:2] for job in full}
     assert not {job.seed for job in search} & {job.seed for job in full}
     searched, evidence = study.configure(search[0], tmp_path, "search"), study.configure(full[0], tmp_path, "full")
@@ -52,8 +72,8 @@ def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence
 
 
 def test_runs_of_an_algorithm_differ_in_method_seed_and_searched_settings_alone(tmp_path):
-    one = study.configure(study.Job("ddpo_is", "b2", 101, 0), tmp_path, "full")
-    other = study.configure(study.Job("ddpo_is", "ddpo", 102, 2), tmp_path, "full")
+    one = study.configure(study.Job("ddpo_is", "b2", 101, (("train.learning_rate", 5e-4),)), tmp_path, "full")
+    other = study.configure(study.Job("ddpo_is", "ddpo", 102, (("train.learning_rate", 2e-3),)), tmp_path, "full")
     assert (one.train.learning_rate, other.train.learning_rate) == (5e-4, 2e-3)
     other.train.learning_rate = one.train.learning_rate
     flat = [{**c.to_dict(), "exp_name": "", "method": "", "seed": 0} for c in (one, other)]
@@ -101,7 +121,7 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small):
     assert [row["queries"] for row in rows] == [20, 40, 60, 80]
     assert ["oracle_train" in row for row in rows] == [False, False, False, True]
     assert all(a["unet_evals"] < b["unet_evals"] for a, b in itertools.pairwise(rows))
-    folder = small / "runs/ddpo_is_b2_1_seed101"
+    folder = small / "runs/ddpo_is_b2_learning_rate_0.001_101"
     assert [path.parent.name for path in folder.glob("stage*/images")] == ["stage3"]  # gigabytes over a whole study
     shutil.rmtree(folder / "stage3")
     again = study.run(JOB, small, "quick")
