@@ -6,6 +6,7 @@ goes on where it was stopped; a run whose last stage is in results.csv is done.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import gc
 import multiprocessing
@@ -31,12 +32,23 @@ def prompt_lists(name):
 METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 OTHERS = ("ddpo_sf", "dpok", "dpo")
 BUDGETS = {  # beside the shapes preset's settings, the same for every run
-    "full": {"schedule.stage_count": 12, "evaluate.images_per_prompt": 16, **prompt_lists("study")},
+    "full": {
+        "schedule.stage_count": 12,
+        "sample.groups": 48,
+        "evaluate.images_per_prompt": 16,
+        **prompt_lists("study"),
+    },
     "quick": {"schedule.stage_count": 4, "sample.groups": 12, "evaluate.images_per_prompt": 4, **prompt_lists("study")},
-    "search": {"schedule.stage_count": 8, "evaluate.images_per_prompt": 16, **prompt_lists("search")},
+    "search": {
+        "schedule.stage_count": 8,
+        "sample.groups": 48,
+        "evaluate.images_per_prompt": 16,
+        **prompt_lists("search"),
+    },
 }
-GRID = {  # the learning rate, and the algorithm's own coefficient where it has one; a sixth where the fifth was best
-    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)],
+ROUNDS = {"ddpo_sf": 4}  # so many times the stages, of as much smaller size: on-policy means one update a stage
+GRID = {  # the learning rate, and the algorithm's own coefficient where it has one; DDPO's until its best was inside
+    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
     "ddpo_sf": [{"train.learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
     "dpok": [
         {"train.learning_rate": rate, "train.kl_weight": weight}
@@ -93,18 +105,22 @@ def matrix(kind, cells=(), seeds=(), changes=()):
 
 def configure(job, out, kind):
     """The shapes preset with a run's settings, all of them; the rest of the matrix differs from it in these alone."""
+    budget, rounds = BUDGETS[kind], ROUNDS.get(job.algorithm, 1)
     settings = {
+        **budget, "schedule.stage_count": budget["schedule.stage_count"] * rounds,
+        "sample.groups": budget["sample.groups"] // rounds,
         "exp_name": re.sub(r"[^\w.]+", "_", " ".join(map(str, job.key()))), "save_path": str(out / "runs"),
         "method": job.method, "seed": job.seed, "train.algorithm": job.algorithm,
-        **BUDGETS[kind], "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **dict(job.settings),
+        "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **dict(job.settings),
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     return parse(["study", "--config", "config/stage_process.py:shapes", *flags])[0]
 
 
-def evaluated(stage, stage_count):
-    """Whether a stage's result is evaluated: every fourth, and the last."""
-    return stage % 4 == 3 or stage == stage_count - 1
+def evaluated(config):
+    """Whether a stage's result is evaluated: whenever 192 groups more, four of the preset's stages, and at the end."""
+    end = config.stage == config.schedule.stage_count - 1
+    return end or (config.stage + 1) * config.sample.groups % 192 == 0
 
 
 def measure(config, checkpoint):
@@ -134,7 +150,7 @@ def run(job, out, kind):
                 gc.collect()
         row = dict(zip(("algorithm", "method", "settings", "seed"), job.key(), strict=True))
         row |= {"stage": config.stage, **spent(place, config)}
-        if evaluated(config.stage, stages):
+        if evaluated(config):
             stored = place.stage / "evaluation.json"
             if not stored.exists():
                 files.write_json(stored, measure(config, files.checkpoint(place.stage)))
@@ -180,9 +196,8 @@ def main(out, kind, cells=(), seeds=(), changes=()):
         print("evaluating the base model ...", flush=True)
         files.write_json(base, measure(config, None))
     rows = study_report.read(out / "results.csv")
-    last = config.schedule.stage_count - 1
-    done = {(r["algorithm"], r["method"], r["settings"], r["seed"]) for r in rows if r["stage"] == last}
-    runs = [job for job in runs if job.key() not in done]
+    stages = collections.Counter((r["algorithm"], r["method"], r["settings"], r["seed"]) for r in rows)
+    runs = [job for job in runs if stages[job.key()] < configure(job, out, kind).schedule.stage_count]
     if rows:
         study_report.write(out, rows, files.read_json(base, "the study"))
     workers = 1 if torch.cuda.is_available() else os.cpu_count()

@@ -62,7 +62,7 @@ def test_all_runs_can_be_given_other_settings_and_are_told_apart_by_them(tmp_pat
 def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence(tmp_path):
     search, full = study.matrix("search"), study.matrix("full")
     effort = collections.Counter(job[:2] for job in search)
-    assert {effort[cell] for cell in effort if cell[0] == "ddpo_is"} == {6}
+    assert {effort[cell] for cell in effort if cell[0] == "ddpo_is"} == {7}
     assert {effort[cell] for cell in effort if cell[0] != "ddpo_is"} == {5}
     assert {job[:2] for job in search} == {job[:2] for job in full}
     assert not {job.seed for job in search} & {job.seed for job in full}
@@ -79,6 +79,19 @@ def test_runs_of_an_algorithm_differ_in_method_seed_and_searched_settings_alone(
     flat = [{**c.to_dict(), "exp_name": "", "method": "", "seed": 0} for c in (one, other)]
     assert flat[0] == flat[1]
     assert one.sample.groups * one.sample.branches == 240  # the budget of a stage, whatever the method
+
+
+def test_every_run_has_the_same_queries_and_is_evaluated_at_the_same_ones(tmp_path):
+    for kind, queries, evaluations in (("full", 2880, 3), ("search", 1920, 2), ("quick", 240, 1)):
+        for job in study.matrix(kind):
+            config = study.configure(job, tmp_path, kind)
+            assert config.schedule.stage_count * config.sample.groups * config.sample.branches == queries
+            passed = []
+            for stage in range(config.schedule.stage_count):
+                config.stage = stage
+                if study.evaluated(config):
+                    passed.append((stage + 1) * config.sample.groups * config.sample.branches)
+            assert passed == [queries * (i + 1) // evaluations for i in range(evaluations)]
 
 
 def test_entropy_is_nought_for_one_picture_and_nearly_all_of_it_for_random_scenes():
