@@ -47,7 +47,7 @@ BUDGETS = {  # beside the shapes preset's settings, the same for every run
     },
 }
 ROUNDS = {"ddpo_sf": 4}  # so many times the stages, of as much smaller size: on-policy means one update a stage
-GRID = {  # the learning rate, and the algorithm's own coefficient where it has one; DDPO's until its best was inside
+GRID = {  # the learning rate, and the algorithm's own coefficient where it has one
     "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
     "ddpo_sf": [{"train.learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
     "dpok": [
@@ -60,7 +60,7 @@ GRID = {  # the learning rate, and the algorithm's own coefficient where it has 
     ],
 }
 CHOSEN = {  # by (algorithm, method), the place in GRID whose mean reward was best at the end of the search
-    ("ddpo_is", "ddpo"): 3, ("ddpo_is", "ddpo_bpt"): 4, ("ddpo_is", "ddpo_bs"): 4, ("ddpo_is", "b2"): 4,
+    ("ddpo_is", "ddpo"): 3, ("ddpo_is", "ddpo_bpt"): 5, ("ddpo_is", "ddpo_bs"): 6, ("ddpo_is", "b2"): 5,
     **{(algorithm, method): 1 for algorithm in OTHERS for method in ("ddpo", "b2")},  # these were not searched yet
 }  # fmt: skip
 
