@@ -31,20 +31,11 @@ def prompt_lists(name):
 
 METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 OTHERS = ("ddpo_sf", "dpok", "dpo")
+SIZES = {"sample.groups": 48, "evaluate.images_per_prompt": 16}
 BUDGETS = {  # beside the shapes preset's settings, the same for every run
-    "full": {
-        "schedule.stage_count": 12,
-        "sample.groups": 48,
-        "evaluate.images_per_prompt": 16,
-        **prompt_lists("study"),
-    },
+    "full": {"schedule.stage_count": 12, **SIZES, **prompt_lists("study")},
     "quick": {"schedule.stage_count": 4, "sample.groups": 12, "evaluate.images_per_prompt": 4, **prompt_lists("study")},
-    "search": {
-        "schedule.stage_count": 8,
-        "sample.groups": 48,
-        "evaluate.images_per_prompt": 16,
-        **prompt_lists("search"),
-    },
+    "search": {"schedule.stage_count": 8, **SIZES, **prompt_lists("search")},
 }
 ROUNDS = {"ddpo_sf": 4}  # so many times the stages, of as much smaller size: on-policy means one update a stage
 GRID = {  # the learning rate, and the algorithm's own coefficient where it has one
@@ -59,7 +50,11 @@ GRID = {  # the learning rate, and the algorithm's own coefficient where it has 
         for rate, beta in ((4e-3, 1000), (8e-3, 1000), (1.6e-2, 1000), (8e-3, 100), (8e-3, 10000))
     ],
 }
-CHOSEN = {  # by (algorithm, method), the place in GRID whose mean reward was best at the end of the search
+FINALISTS = {  # by (algorithm, method), the two places in GRID that were best on the search's first seed
+    ("ddpo_is", "ddpo"): (3, 4), ("ddpo_is", "ddpo_bpt"): (5, 4), ("ddpo_is", "ddpo_bs"): (6, 5),
+    ("ddpo_is", "b2"): (5, 6),
+}  # fmt: skip
+CHOSEN = {  # by (algorithm, method), the finalist whose mean reward was best over the search's three seeds
     ("ddpo_is", "ddpo"): 3, ("ddpo_is", "ddpo_bpt"): 5, ("ddpo_is", "ddpo_bs"): 6, ("ddpo_is", "b2"): 5,
     **{(algorithm, method): 1 for algorithm in OTHERS for method in ("ddpo", "b2")},  # these were not searched yet
 }  # fmt: skip
@@ -83,7 +78,8 @@ def matrix(kind, cells=(), seeds=(), changes=()):
     """The runs of a full | quick | search study; cells ("algorithm:method") and seeds: only these, or these instead.
 
     full: five seeds for DDPO's four methods, three for two of each other algorithm's. search: every setting of the grid
-    for each of those ten, on a seed of its own. changes: (field, value) pairs that all runs get over their own.
+    for each of those ten on a seed of its own, then the two best on two more. changes: (field, value) pairs that all
+    runs get over their own.
     """
 
     def job(cell, seed, place):
@@ -93,6 +89,7 @@ def matrix(kind, cells=(), seeds=(), changes=()):
     others = [(algorithm, method) for algorithm in OTHERS for method in ("ddpo", "b2")]
     if kind == "search":
         runs = [job(cell, 201, place) for cell in plain + others for place in range(len(GRID[cell[0]]))]
+        runs += [job(cell, seed, place) for seed in (202, 203) for cell in FINALISTS for place in FINALISTS[cell]]
     else:
         many, few = ((101, 102), (101,)) if kind == "quick" else (range(101, 106), range(101, 104))
         if kind == "quick":
