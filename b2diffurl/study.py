@@ -55,7 +55,7 @@ FINALISTS = {  # by (algorithm, method), the two places in GRID that were best o
     ("ddpo_is", "b2"): (5, 6),
 }  # fmt: skip
 CHOSEN = {  # by (algorithm, method), the finalist whose mean reward was best over the search's three seeds
-    ("ddpo_is", "ddpo"): 3, ("ddpo_is", "ddpo_bpt"): 5, ("ddpo_is", "ddpo_bs"): 6, ("ddpo_is", "b2"): 5,
+    ("ddpo_is", "ddpo"): 4, ("ddpo_is", "ddpo_bpt"): 4, ("ddpo_is", "ddpo_bs"): 5, ("ddpo_is", "b2"): 5,
     **{(algorithm, method): 1 for algorithm in OTHERS for method in ("ddpo", "b2")},  # these were not searched yet
 }  # fmt: skip
 
