@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 
 import numpy as np
 
@@ -36,7 +37,8 @@ def write(out, rows, base):
         writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     os.replace(aside, out / "results.csv")
     (out / "table.md").write_text(table(rows, base), encoding="utf-8")
-    draw(out, rows, base)
+    cells = {_cell_of(row) for row in rows}
+    (draw if len(cells) == len({cell[:2] for cell in cells}) else draw_grid)(out, rows, base)
 
 
 def read(path):
@@ -136,7 +138,6 @@ def _figure(values, form=".3f"):
 
 def draw(out, rows, base):
     """curves.png: PANELS over training, mean and 95 % interval over seeds; a row of panels an algorithm."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     cells = final_rows(rows)
@@ -159,6 +160,60 @@ def draw(out, rows, base):
                 panel.set(title=f"{algorithm}: {NAMES[up]}", xlabel=NAMES[across])
                 panel.locator_params(axis="x", nbins=5)
         panels[0].legend(fontsize="x-small")
+    _save(figure, out)
+
+
+def draw_grid(out, rows, base):
+    """curves.png where methods were run with several settings: the end of the runs by settings, and the reward's truth.
+
+    A row of panels an algorithm; the last one has every evaluation of every run: off the line, the reward is gamed.
+    """
+    from matplotlib.figure import Figure
+
+    cells = final_rows(rows)
+    algorithms = list(dict.fromkeys(algorithm for algorithm, _, _ in cells))
+    figure = Figure(figsize=(4.2 * 3, 3.6 * len(algorithms)), layout="constrained")
+    axes = figure.subplots(len(algorithms), 3, squeeze=False)
+    for panels, algorithm in zip(axes, algorithms, strict=True):
+        settings = sorted({cell[2] for cell in cells if cell[0] == algorithm}, key=_numbers)
+        for method in dict.fromkeys(cell[1] for cell in cells if cell[0] == algorithm):
+            for panel, key in zip(panels, ("reward", "oracle"), strict=False):
+                ends = [
+                    (i, row) for i, s in enumerate(settings) for row in cells.get((algorithm, method, s), {}).values()
+                ]
+                means = {i: np.mean([_both(row, key) for place, row in ends if place == i]) for i, _ in ends}
+                (line,) = panel.plot(means.keys(), means.values(), label=method)
+                panel.scatter([i for i, _ in ends], [_both(row, key) for _, row in ends], s=8, color=line.get_color())
+                panel.axhline(_both(base, key), color="grey", linewidth=0.8)
+                panel.set(title=f"{algorithm}: {key} at the end, train and held-out")
+                panel.set_xticks(range(len(settings)), [", ".join(f"{n:g}" for n in _numbers(s)) for s in settings])
+                panel.tick_params(axis="x", labelsize="x-small", rotation=30)
+                panel.set_xlabel(", ".join(part.split()[0] for part in settings[0].split(", ")))
+        for place, chosen in enumerate(settings):
+            seen = [r for r in rows if (r["algorithm"], r["settings"]) == (algorithm, chosen) and "oracle_train" in r]
+            panels[2].scatter(
+                [_both(row, "reward") for row in seen], [_both(row, "oracle") for row in seen],
+                s=8, color=f"C{place}", label=chosen,
+            )  # fmt: skip
+        panels[2].set(title=f"{algorithm}: every evaluation", xlabel="reward", ylabel="oracle")
+        panels[0].legend(fontsize="x-small")
+        panels[2].legend(fontsize="xx-small")
+    _save(figure, out)
+
+
+def _both(row, key):
+    """The mean of a figure over train and held-out prompts."""
+    return (row[f"{key}_train"] + row[f"{key}_test"]) / 2
+
+
+def _numbers(settings):
+    """The numbers in a run's settings, in their order."""
+    return [float(number) for number in re.findall(r"(?<= )\d+\.?\d*(?:e-?\d+)?", settings)]
+
+
+def _save(figure, out):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     aside = out / "curves.tmp.png"
     FigureCanvasAgg(figure).print_png(aside)
     os.replace(aside, out / "curves.png")

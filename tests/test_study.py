@@ -115,6 +115,12 @@ def test_interval_over_seeds():
     assert math.isnan(high)
 
 
+def test_settings_are_ordered_by_their_numbers():
+    settings = ["learning_rate 0.016, kl_weight 1", "learning_rate 3e-3, kl_weight 0.1", "learning_rate 3e-3, left 14"]
+    assert sorted(settings, key=study_report._numbers) == settings[1:] + settings[:1]
+    assert study_report._numbers("kind constant") == []
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     for name in ("config", "model", "prompts"):  # runs write log/ below the working directory
@@ -156,4 +162,9 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small):
     expected = [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows + other]
     assert study_report.read(small / "results.csv") == expected
     assert study_report.read(small / "nothing.csv") == []
+    (small / "curves.png").rename(small / "of_methods.png")
+    several = [{**row, "settings": f"learning_rate {rate}"} for row in rows for rate in ("0.016", "3e-3", "0.001")]
+    study_report.write(small, several, base)
+    assert "b2 - ddpo" not in (small / "table.md").read_text()
+    assert (small / "curves.png").read_bytes() != (small / "of_methods.png").read_bytes()
     assert (small / "curves.png").stat().st_size > 10_000
