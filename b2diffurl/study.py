@@ -215,6 +215,7 @@ def main(out, kind, cells=(), seeds=(), changes=()):
             figures = f"oracle {last['oracle_train']:.3f} train, {last['oracle_test']:.3f} held-out"
             print(f"{said}{figures}; {minutes:.1f} min", flush=True)
             study_report.write(out, rows, files.read_json(base, "the study"))
+        pool.shutdown()  # left to the interpreter's end it sometimes says that its pipe is gone
     except BaseException:
         for worker in multiprocessing.active_children():
             worker.terminate()
