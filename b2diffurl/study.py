@@ -230,6 +230,8 @@ def assignment(text):
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=VALUE, for example schedule.left=18")
+    if name in ("exp_name", "save_path", "stage", "seed", "method", "train.algorithm"):
+        raise argparse.ArgumentTypeError(f"{name} is what tells the runs apart: see --rows and --seeds, --out")
     return name, value
 
 
