@@ -18,7 +18,6 @@ class Trajectories:
     start_latents: torch.Tensor  # (R, C, H, W) where the branches part; image n starts at root n // (N / R)
     latents: torch.Tensor  # (N, s, C, H, W) after each of the interval's steps
     log_probs: torch.Tensor  # (N, s) float32, log p_old of each step
-    timesteps: torch.Tensor  # (s,) training timesteps of the interval's steps
     unet_evals: int  # latents that went through the UNet, both guidance halves counted
 
 
@@ -108,6 +107,5 @@ class Sampler:
             start_latents=starts.cpu(),
             latents=torch.cat(paths),
             log_probs=torch.cat(log_probs),
-            timesteps=self.scheduler.timesteps[start:stop].cpu(),
             unet_evals=2 * (start * len(root_seeds) + (stop - start) * len(branch_seeds)),
         )

@@ -40,7 +40,7 @@ BUDGETS = {  # beside the shapes preset's settings, the same for every run
 ROUNDS = {"ddpo_sf": 4}  # so many times the stages, of as much smaller size: on-policy means one update a stage
 GRID = {  # the learning rate, and the algorithm's own coefficient where it has one
     "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
-    "ddpo_sf": [{"train.learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
+    "ddpo_sf": [{"train.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
     "dpok": [
         {"train.learning_rate": rate, "train.kl_weight": weight}
         for rate, weight in ((4e-3, 0.1), (8e-3, 0.1), (1.6e-2, 0.1), (8e-3, 0.01), (8e-3, 1))
@@ -53,10 +53,13 @@ GRID = {  # the learning rate, and the algorithm's own coefficient where it has 
 FINALISTS = {  # by (algorithm, method), the two places in GRID that were best on the search's first seed
     ("ddpo_is", "ddpo"): (3, 4), ("ddpo_is", "ddpo_bpt"): (5, 4), ("ddpo_is", "ddpo_bs"): (6, 5),
     ("ddpo_is", "b2"): (5, 6),
+    ("ddpo_sf", "ddpo"): (2, 1), ("ddpo_sf", "b2"): (1, 2), ("dpok", "ddpo"): (3, 1), ("dpok", "b2"): (3, 2),
+    ("dpo", "ddpo"): (1, 0), ("dpo", "b2"): (1, 4),
 }  # fmt: skip
 CHOSEN = {  # by (algorithm, method), the finalist whose mean reward was best over the search's three seeds
     ("ddpo_is", "ddpo"): 4, ("ddpo_is", "ddpo_bpt"): 4, ("ddpo_is", "ddpo_bs"): 5, ("ddpo_is", "b2"): 5,
-    **{(algorithm, method): 1 for algorithm in OTHERS for method in ("ddpo", "b2")},  # these were not searched yet
+    ("ddpo_sf", "ddpo"): 2, ("ddpo_sf", "b2"): 1, ("dpok", "ddpo"): 3, ("dpok", "b2"): 3,  # from here: one seed so far
+    ("dpo", "ddpo"): 1, ("dpo", "b2"): 1,
 }  # fmt: skip
 
 
@@ -78,8 +81,8 @@ def matrix(kind, cells=(), seeds=(), changes=()):
     """The runs of a full | quick | search study; cells ("algorithm:method") and seeds: only these, or these instead.
 
     full: five seeds for DDPO's four methods, three for two of each other algorithm's. search: every setting of the grid
-    for each of those ten on a seed of its own, then the two best on two more. changes: (field, value) pairs that all
-    runs get over their own.
+    for each of those ten on a seed of its own, then the two best on two more, for the other algorithms on one. changes:
+    (field, value) pairs that all runs get over their own.
     """
 
     def job(cell, seed, place):
@@ -89,7 +92,9 @@ def matrix(kind, cells=(), seeds=(), changes=()):
     others = [(algorithm, method) for algorithm in OTHERS for method in ("ddpo", "b2")]
     if kind == "search":
         runs = [job(cell, 201, place) for cell in plain + others for place in range(len(GRID[cell[0]]))]
-        runs += [job(cell, seed, place) for seed in (202, 203) for cell in FINALISTS for place in FINALISTS[cell]]
+        finals = [(cell, place) for cell in FINALISTS for place in FINALISTS[cell]]
+        runs += [job(cell, 202, place) for cell, place in finals]
+        runs += [job(cell, 203, place) for cell, place in finals if cell in plain]
     else:
         many, few = ((101, 102), (101,)) if kind == "quick" else (range(101, 106), range(101, 104))
         if kind == "quick":

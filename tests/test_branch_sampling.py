@@ -33,7 +33,6 @@ def test_shapes_and_final_latents(unet, scheduler):
     assert result.start_latents.shape == (GROUPS, *SHAPE)
     assert result.latents.shape == (GROUPS * BRANCHES, 5, *SHAPE)
     assert result.log_probs.shape == (GROUPS * BRANCHES, 5)
-    assert result.timesteps.tolist() == scheduler.timesteps[15:].tolist()
     for n, latents in finished.items():
         torch.testing.assert_close(latents, result.latents[n, -1])
 

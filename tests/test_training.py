@@ -59,7 +59,7 @@ def sampled_pairs(unet, scheduler, n=5):
     start = 20 - LENGTH
     made = sampler.sample(embeds, seeds, seeds, (start, 20), lambda first, x: None)
     latents = torch.cat([made.start_latents[:, None], made.latents], dim=1)
-    return Pairs(latents, made.log_probs, made.timesteps, torch.linspace(-2, 2, n), embeds, negative)
+    return Pairs(latents, made.log_probs, scheduler.timesteps[start:], torch.linspace(-2, 2, n), embeds, negative)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
