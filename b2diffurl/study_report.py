@@ -19,6 +19,7 @@ PANELS = (  # across, up: at an equal budget of queries or of compute, and what 
     ("oracle_train", "diversity_train"), ("reward_train", "oracle_train"),
 )  # fmt: skip
 NAMES = {**FIGURES, "queries": "reward queries", "unet_evals": "UNet evaluations"}
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile, 1 to 9 degrees
 ORDER = ("ddpo_is", "ddpo_sf", "dpok", "dpo", "ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 COLUMNS = (
     "algorithm", "method", "settings", "seed", "stage", "queries", "unet_evals", "seconds", "reward_samples",
@@ -62,6 +63,16 @@ def interval(values, resamples=10_000):
     return values.mean(), *np.quantile(values[draws].mean(1), [0.025, 0.975])
 
 
+def further(values):
+    """Where one further seed's value lands with 95 %, values taken as normal (Student's t): (low, high).
+
+    values: of 2 to 10 seeds.
+    """
+    values = np.asarray(values, dtype=float)
+    half = STUDENT_T[len(values) - 2] * values.std(ddof=1) * np.sqrt(1 + 1 / len(values))
+    return values.mean() - half, values.mean() + half
+
+
 def final_rows(rows):
     """{(algorithm, method, settings): {seed: the row of the run's last stage}} in the order of the table."""
     cells = {}
@@ -93,7 +104,21 @@ def table(rows, base):
         "Differences are by seed, from where the first method ended to where ddpo had spent as many queries, as many "
         "UNet evaluations, or had come as far in alignment (on straight lines between its evaluated stages)."
     )
-    return "\n".join([*lines, "", note]) + "\n"
+    return "\n".join([*lines, "", note, *further_table(cells)]) + "\n"
+
+
+def further_table(cells):
+    """Lines of Markdown: by row of the matrix, where one further seed's run should end; none below three seeds."""
+    keys, lines = ("oracle_train", "oracle_test", "reward_train", "reward_test"), []
+    for cell, runs in cells.items():
+        if 3 <= len(runs) <= 10:
+            spans = [further([row[key] for row in runs.values()]) for key in keys]
+            lines.append(f"| {' | '.join([*cell, *(f'[{low:.3f}, {high:.3f}]' for low, high in spans)])} |")
+    if lines:
+        named = "Where one further seed's run ends with 95 %, by Student's t over the seeds:"
+        titles = ["algorithm", "method", "settings", *(FIGURES[key] for key in keys)]
+        lines = ["", named, "", f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|", *lines]
+    return lines
 
 
 def comparisons(rows, cells, base, algorithm):

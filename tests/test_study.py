@@ -116,6 +116,14 @@ def test_interval_over_seeds():
     assert math.isnan(high)
 
 
+def test_a_further_seed_lands_within_its_interval_19_times_of_20():
+    draws = np.random.default_rng(1).normal(5, 2, size=(4000, 6))
+    for seeds in (3, 5):
+        spans = [study_report.further(values[:seeds]) for values in draws]
+        inside = np.mean([low <= value <= high for (low, high), value in zip(spans, draws[:, -1], strict=True)])
+        assert inside == pytest.approx(0.95, abs=0.012)
+
+
 def test_settings_are_ordered_by_their_numbers():
     settings = ["learning_rate 0.016, kl_weight 1", "learning_rate 3e-3, kl_weight 0.1", "learning_rate 3e-3, left 14"]
     assert sorted(settings, key=study_report._numbers) == settings[1:] + settings[:1]
