@@ -53,13 +53,12 @@ GRID = {  # the learning rate, and the algorithm's own coefficient where it has 
 FINALISTS = {  # by (algorithm, method), the two places in GRID that were best on the search's first seed
     ("ddpo_is", "ddpo"): (3, 4), ("ddpo_is", "ddpo_bpt"): (5, 4), ("ddpo_is", "ddpo_bs"): (6, 5),
     ("ddpo_is", "b2"): (5, 6),
-    ("ddpo_sf", "ddpo"): (2, 1), ("ddpo_sf", "b2"): (1, 2), ("dpok", "ddpo"): (3, 1), ("dpok", "b2"): (3, 2),
-    ("dpo", "ddpo"): (1, 0), ("dpo", "b2"): (1, 4),
+    ("ddpo_sf", "ddpo"): (2, 1), ("ddpo_sf", "b2"): (1, 2), ("dpo", "ddpo"): (1, 0), ("dpo", "b2"): (1, 4),
 }  # fmt: skip
-CHOSEN = {  # by (algorithm, method), the finalist whose mean reward was best over the search's three seeds
+CHOSEN = {  # by (algorithm, method), the place whose mean reward was best over all its seeds (dpok: the first's alone)
     ("ddpo_is", "ddpo"): 4, ("ddpo_is", "ddpo_bpt"): 4, ("ddpo_is", "ddpo_bs"): 5, ("ddpo_is", "b2"): 5,
-    ("ddpo_sf", "ddpo"): 2, ("ddpo_sf", "b2"): 1, ("dpok", "ddpo"): 3, ("dpok", "b2"): 3,  # from here: one seed so far
-    ("dpo", "ddpo"): 1, ("dpo", "b2"): 1,
+    ("ddpo_sf", "ddpo"): 1, ("ddpo_sf", "b2"): 2, ("dpok", "ddpo"): 3, ("dpok", "b2"): 3,
+    ("dpo", "ddpo"): 0, ("dpo", "b2"): 1,
 }  # fmt: skip
 
 
@@ -81,8 +80,8 @@ def matrix(kind, cells=(), seeds=(), changes=()):
     """The runs of a full | quick | search study; cells ("algorithm:method") and seeds: only these, or these instead.
 
     full: five seeds for DDPO's four methods, three for two of each other algorithm's. search: every setting of the grid
-    for each of those ten on a seed of its own, then the two best on two more, for the other algorithms on one. changes:
-    (field, value) pairs that all runs get over their own.
+    for each of those ten on a seed of its own, then FINALISTS on two more (DDPO's loss) or one. changes: (field, value)
+    pairs that all runs get over their own.
     """
 
     def job(cell, seed, place):
