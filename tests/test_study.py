@@ -74,6 +74,19 @@ def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence
     assert not prompts[0] & prompts[1]
 
 
+def test_finalists_and_choices_are_what_the_committed_search_says():
+    ends = study_report.final_rows(study_report.read(pathlib.Path("docs/study/search/results.csv")))
+    for cell, chosen in study.CHOSEN.items():
+        jobs = [study.Job(*cell, 201, tuple(settings.items())) for settings in study.GRID[cell[0]]]
+        runs = [ends[job.key()[:3]] for job in jobs]
+        rewards = [[study_report._both(row, "reward") for row in of_seeds.values()] for of_seeds in runs]
+        order = sorted(range(len(runs)), key=lambda place: study_report._both(runs[place][201], "reward"), reverse=True)
+        finalists = study.FINALISTS.get(cell, order[:1])
+        assert set(finalists) == set(order[: len(finalists)])
+        assert all(len(rewards[place]) > 1 for place in study.FINALISTS.get(cell, ()))
+        assert chosen == max(finalists, key=lambda place: np.mean(rewards[place]))
+
+
 def test_runs_of_an_algorithm_differ_in_method_seed_and_searched_settings_alone(tmp_path):
     one = study.configure(study.Job("ddpo_is", "b2", 101, (("train.learning_rate", 5e-4),)), tmp_path, "full")
     other = study.configure(study.Job("ddpo_is", "ddpo", 102, (("train.learning_rate", 2e-3),)), tmp_path, "full")
