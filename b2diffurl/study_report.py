@@ -115,7 +115,7 @@ def further_table(cells):
             spans = [further([row[key] for row in runs.values()]) for key in keys]
             lines.append(f"| {' | '.join([*cell, *(f'[{low:.3f}, {high:.3f}]' for low, high in spans)])} |")
     if lines:
-        named = "Where one further seed's run ends with 95 %, by Student's t over the seeds:"
+        named = "Where one further seed's run ends with 95 % (Student's t; seeds taken as normal, so it can pass 1):"
         titles = ["algorithm", "method", "settings", *(FIGURES[key] for key in keys)]
         lines = ["", named, "", f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|", *lines]
     return lines
