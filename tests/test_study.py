@@ -66,7 +66,6 @@ def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence
     effort = collections.Counter(job[:2] for job in search)
     for algorithm in ("ddpo_is", "ddpo_sf", "dpok", "dpo"):
         assert len({runs for cell, runs in effort.items() if cell[0] == algorithm}) == 1
-    assert all(study.CHOSEN[cell] in finalists for cell, finalists in study.FINALISTS.items())
     assert {job[:2] for job in search} == {job[:2] for job in full}
     assert not {job.seed for job in search} & {job.seed for job in full}
     searched, evidence = study.configure(search[0], tmp_path, "search"), study.configure(full[0], tmp_path, "full")
