@@ -38,8 +38,10 @@ BUDGETS = {  # beside the shapes preset's settings, the same for every run
     "search": {"schedule.stage_count": 8, **SIZES, **prompt_lists("search")},
 }
 ROUNDS = {"ddpo_sf": 4}  # so many times the stages, of as much smaller size: on-policy means one update a stage
+SUMMED = {"train.log_prob": "sum", "train.clip_range": 0.2}  # the joint density's ratio, with PPO's clip
 GRID = {  # the learning rate, and the algorithm's own coefficient where it has one
-    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
+    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)]
+    + [{"train.learning_rate": rate, **SUMMED} for rate in (4e-3, 8e-3, 1.6e-2)],
     "ddpo_sf": [{"train.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
     "dpok": [
         {"train.learning_rate": rate, "train.kl_weight": weight}
