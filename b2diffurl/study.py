@@ -29,8 +29,13 @@ def prompt_lists(name):
     return {f"prompts.{part}": f"prompts/shapes_{name}_{part}.json" for part in ("train", "test")}
 
 
+MEAN = {"train.log_prob": "mean", "train.clip_range": 1e-3}
+LOSSES = {  # the losses compared, by what results.csv calls them; ddpo_is and ddpo_is_sum with all four methods
+    "ddpo_is": {"train.algorithm": "ddpo_is", **MEAN},
+    "ddpo_is_sum": {"train.algorithm": "ddpo_is", "train.log_prob": "sum", "train.clip_range": 0.2},
+    **{name: {"train.algorithm": name, **MEAN} for name in ("ddpo_sf", "dpok", "dpo")},
+}
 METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
-OTHERS = ("ddpo_sf", "dpok", "dpo")
 SIZES = {"sample.groups": 48, "evaluate.images_per_prompt": 16}
 BUDGETS = {  # beside the shapes preset's settings, the same for every run
     "full": {"schedule.stage_count": 12, **SIZES, **prompt_lists("study")},
@@ -38,10 +43,9 @@ BUDGETS = {  # beside the shapes preset's settings, the same for every run
     "search": {"schedule.stage_count": 8, **SIZES, **prompt_lists("search")},
 }
 ROUNDS = {"ddpo_sf": 4}  # so many times the stages, of as much smaller size: on-policy means one update a stage
-SUMMED = {"train.log_prob": "sum", "train.clip_range": 0.2}  # the joint density's ratio, with PPO's clip
 GRID = {  # the learning rate, and the algorithm's own coefficient where it has one
-    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)]
-    + [{"train.learning_rate": rate, **SUMMED} for rate in (4e-3, 8e-3, 1.6e-2)],
+    "ddpo_is": [{"train.learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
+    "ddpo_is_sum": [{"train.learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3, 1.6e-2)],
     "ddpo_sf": [{"train.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)],
     "dpok": [
         {"train.learning_rate": rate, "train.kl_weight": weight}
@@ -55,10 +59,12 @@ GRID = {  # the learning rate, and the algorithm's own coefficient where it has 
 FINALISTS = {  # by (algorithm, method), the two places in GRID that were best on the search's first seed
     ("ddpo_is", "ddpo"): (3, 4), ("ddpo_is", "ddpo_bpt"): (5, 4), ("ddpo_is", "ddpo_bs"): (6, 5),
     ("ddpo_is", "b2"): (5, 6),
+    **{("ddpo_is_sum", method): (1, 2) for method in METHODS},
     ("ddpo_sf", "ddpo"): (2, 1), ("ddpo_sf", "b2"): (1, 2), ("dpo", "ddpo"): (1, 0), ("dpo", "b2"): (1, 4),
 }  # fmt: skip
 CHOSEN = {  # by (algorithm, method), the place whose mean reward was best over all its seeds (dpok: the first's alone)
     ("ddpo_is", "ddpo"): 4, ("ddpo_is", "ddpo_bpt"): 4, ("ddpo_is", "ddpo_bs"): 5, ("ddpo_is", "b2"): 5,
+    ("ddpo_is_sum", "ddpo"): 2, ("ddpo_is_sum", "ddpo_bpt"): 1, ("ddpo_is_sum", "ddpo_bs"): 2, ("ddpo_is_sum", "b2"): 2,
     ("ddpo_sf", "ddpo"): 1, ("ddpo_sf", "b2"): 2, ("dpok", "ddpo"): 3, ("dpok", "b2"): 3,
     ("dpo", "ddpo"): 0, ("dpo", "b2"): 1,
 }  # fmt: skip
@@ -67,7 +73,7 @@ CHOSEN = {  # by (algorithm, method), the place whose mean reward was best over 
 class Job(typing.NamedTuple):
     """A run of the matrix: everything in which it differs from the others."""
 
-    algorithm: str
+    algorithm: str  # a key of LOSSES
     method: str
     seed: int
     settings: tuple  # of (configuration field, value)
@@ -81,21 +87,22 @@ class Job(typing.NamedTuple):
 def matrix(kind, cells=(), seeds=(), changes=()):
     """The runs of a full | quick | search study; cells ("algorithm:method") and seeds: only these, or these instead.
 
-    full: five seeds for DDPO's four methods, three for two of each other algorithm's. search: every setting of the grid
-    for each of those ten on a seed of its own, then FINALISTS on two more (DDPO's loss) or one. changes: (field, value)
-    pairs that all runs get over their own.
+    full: five seeds for the four methods of DDPO's loss with either clip, three for two of each other algorithm's.
+    search: every setting of the grid for each of those cells on a seed of its own, then FINALISTS on two more (ddpo_is)
+    or one. changes: (field, value) pairs that all runs get over their own.
     """
 
     def job(cell, seed, place):
         return Job(*cell, seed, tuple({**GRID[cell[0]][place], **dict(changes)}.items()))
 
-    plain = [("ddpo_is", method) for method in METHODS]
-    others = [(algorithm, method) for algorithm in OTHERS for method in ("ddpo", "b2")]
+    clips = ("ddpo_is",) if kind == "quick" else ("ddpo_is", "ddpo_is_sum")
+    plain = [(loss, method) for loss in clips for method in METHODS]
+    others = [(loss, method) for loss in LOSSES if not loss.startswith("ddpo_is") for method in ("ddpo", "b2")]
     if kind == "search":
         runs = [job(cell, 201, place) for cell in plain + others for place in range(len(GRID[cell[0]]))]
         finals = [(cell, place) for cell in FINALISTS for place in FINALISTS[cell]]
         runs += [job(cell, 202, place) for cell, place in finals]
-        runs += [job(cell, 203, place) for cell, place in finals if cell in plain]
+        runs += [job(cell, 203, place) for cell, place in finals if cell[0] == "ddpo_is"]
     else:
         many, few = ((101, 102), (101,)) if kind == "quick" else (range(101, 106), range(101, 104))
         if kind == "quick":
@@ -113,7 +120,7 @@ def configure(job, out, kind):
         **budget, "schedule.stage_count": budget["schedule.stage_count"] * rounds,
         "sample.groups": budget["sample.groups"] // rounds,
         "exp_name": re.sub(r"[^\w.]+", "_", " ".join(map(str, job.key()))), "save_path": str(out / "runs"),
-        "method": job.method, "seed": job.seed, "train.algorithm": job.algorithm,
+        "method": job.method, "seed": job.seed, **LOSSES[job.algorithm],
         "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **dict(job.settings),
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]

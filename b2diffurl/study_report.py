@@ -20,7 +20,7 @@ PANELS = (  # across, up: at an equal budget of queries or of compute, and what 
 )  # fmt: skip
 NAMES = {**FIGURES, "queries": "reward queries", "unet_evals": "UNet evaluations"}
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile, 1 to 9 degrees
-ORDER = ("ddpo_is", "ddpo_sf", "dpok", "dpo", "ddpo", "ddpo_bpt", "ddpo_bs", "b2")
+ORDER = ("ddpo_is", "ddpo_is_sum", "ddpo_sf", "dpok", "dpo", "ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 COLUMNS = (
     "algorithm", "method", "settings", "seed", "stage", "queries", "unet_evals", "seconds", "reward_samples",
     "oracle_samples", "reward_train", "reward_test", "oracle_train", "oracle_test", "diversity_train",

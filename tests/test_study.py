@@ -28,9 +28,9 @@ def drawn(count, seed=0):
 
 def test_matrix_has_the_seeds_that_the_evidence_needs():
     runs = study.matrix("full")
-    assert len(runs) == len(set(runs)) == 4 * 5 + 3 * 2 * 3
-    for method in study.METHODS:
-        assert len({run.seed for run in runs if run[:2] == ("ddpo_is", method)}) == 5
+    assert len(runs) == len(set(runs)) == 2 * 4 * 5 + 3 * 2 * 3
+    for cell in itertools.product(("ddpo_is", "ddpo_is_sum"), study.METHODS):
+        assert len({run.seed for run in runs if run[:2] == cell}) == 5
     for algorithm in ("ddpo_sf", "dpok", "dpo"):
         for method in ("ddpo", "b2"):
             assert len({run.seed for run in runs if run[:2] == (algorithm, method)}) == 3
@@ -64,7 +64,7 @@ def test_all_runs_can_be_given_other_settings_and_are_told_apart_by_them(tmp_pat
 def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence(tmp_path):
     search, full = study.matrix("search"), study.matrix("full")
     effort = collections.Counter(job[:2] for job in search)
-    for algorithm in ("ddpo_is", "ddpo_sf", "dpok", "dpo"):
+    for algorithm in study.LOSSES:
         assert len({runs for cell, runs in effort.items() if cell[0] == algorithm}) == 1
     assert {job[:2] for job in search} == {job[:2] for job in full}
     assert not {job.seed for job in search} & {job.seed for job in full}
@@ -94,6 +94,16 @@ def test_runs_of_an_algorithm_differ_in_method_seed_and_searched_settings_alone(
     flat = [{**c.to_dict(), "exp_name": "", "method": "", "seed": 0} for c in (one, other)]
     assert flat[0] == flat[1]
     assert one.sample.groups * one.sample.branches == 240  # the budget of a stage, whatever the method
+
+
+def test_the_two_clips_of_ddpo_differ_in_nothing_else(tmp_path):
+    mean, summed = (
+        study.configure(study.Job(loss, "b2", 101, JOB.settings), tmp_path, "full").to_dict()
+        for loss in ("ddpo_is", "ddpo_is_sum")
+    )
+    differs = {name for name in mean["train"] if mean["train"][name] != summed["train"][name]}
+    assert differs == {"log_prob", "clip_range"}
+    assert {**mean, "train": None, "exp_name": ""} == {**summed, "train": None, "exp_name": ""}
 
 
 def test_every_run_has_the_same_queries_and_is_evaluated_at_the_same_ones(tmp_path):
