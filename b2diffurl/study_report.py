@@ -101,8 +101,9 @@ def table(rows, base):
         lines += comparisons(rows, cells, base, algorithm)
     note = (
         "Mean over seeds and, in brackets, its 95 % bootstrap interval, which is too narrow for so few seeds. "
-        "Differences are by seed, from where the first method ended to where ddpo had spent as many queries, as many "
-        "UNet evaluations, or had come as far in alignment (on straight lines between its evaluated stages)."
+        "Differences are by seed: on the way, of both after the same number of queries; then from where the first "
+        "method ended to where ddpo had spent as many queries, as many UNet evaluations, or had come as far in "
+        "alignment (on straight lines between its evaluated stages)."
     )
     return "\n".join([*lines, "", note, *further_table(cells)]) + "\n"
 
@@ -130,16 +131,28 @@ def comparisons(rows, cells, base, algorithm):
     for method, found in of.items():
         if method == "ddpo" or len(found) != 1 or not (shared := sorted(set(found[0]) & set(plain))):
             continue
-        others = {
-            "at equal queries": plain,
-            **{f"at equal {NAMES[axis]}": {seed: _at(rows, base, plain[seed], axis, found[0][seed]) for seed in shared}
-               for axis in ("unet_evals", "oracle_train")},
-        }  # fmt: skip
-        for what, other in others.items():
-            gaps = {key: [found[0][seed][key] - other[seed][key] for seed in shared] for key in FIGURES}
-            figures = " | ".join(_figure(gaps[key], "+.3f") for key in FIGURES)
-            lines.append(f"| {algorithm} | {method} - ddpo | {what} | {len(shared)} | | | {figures} |")
+        ours, theirs = ({seed: _evaluated(rows, runs[seed]) for seed in shared} for runs in (found[0], plain))
+        for queries in list(theirs[shared[0]])[:-1]:
+            pairs = [(ours[seed][queries], theirs[seed][queries]) for seed in shared]
+            lines.append(_difference(algorithm, method, f"after {queries} queries", pairs))
+        pairs = [(found[0][seed], plain[seed]) for seed in shared]
+        lines.append(_difference(algorithm, method, "at equal queries", pairs))
+        for axis in ("unet_evals", "oracle_train"):
+            reached = [(end, _at(rows, base, other, axis, end)) for end, other in pairs]
+            lines.append(_difference(algorithm, method, f"at equal {NAMES[axis]}", reached))
     return lines
+
+
+def _difference(algorithm, method, what, pairs):
+    """A line of the table; pairs: (the method's figures, ddpo's), one a seed."""
+    gaps = " | ".join(_figure([ours[key] - theirs[key] for ours, theirs in pairs], "+.3f") for key in FIGURES)
+    return f"| {algorithm} | {method} - ddpo | {what} | {len(pairs)} | | | {gaps} |"
+
+
+def _evaluated(rows, last):
+    """{queries: row} of the evaluated stages of the run that ended in the row `last`."""
+    run = (*_cell_of(last), last["seed"])
+    return {r["queries"]: r for r in rows if (*_cell_of(r), r["seed"]) == run and "oracle_train" in r}
 
 
 def _at(rows, base, last, axis, where):
@@ -147,7 +160,7 @@ def _at(rows, base, last, axis, where):
 
     Between its evaluated stages on a straight line; oracle alignment at its running maximum.
     """
-    run = [r for r in rows if (*_cell_of(r), r["seed"]) == (*_cell_of(last), last["seed"]) and "oracle_train" in r]
+    run = _evaluated(rows, last).values()
     passed = np.maximum.accumulate([base.get(axis, 0), *(row[axis] for row in run)])
     return {key: np.interp(where[axis], passed, [base[key], *(row[key] for row in run)]) for key in FIGURES}
 
@@ -210,7 +223,7 @@ def draw_grid(out, rows, base):
                 (line,) = panel.plot(means.keys(), means.values(), label=method)
                 panel.scatter([i for i, _ in ends], [_both(row, key) for _, row in ends], s=8, color=line.get_color())
                 panel.axhline(_both(base, key), color="grey", linewidth=0.8)
-                panel.set(title=f"{algorithm}: {key} at the end, train and held-out")
+                panel.set(title=f"{algorithm}: {key} at the end", ylabel="mean of train and held-out")
                 panel.set_xticks(range(len(settings)), [", ".join(f"{n:g}" for n in _numbers(s)) for s in settings])
                 panel.tick_params(axis="x", labelsize="x-small", rotation=30)
                 panel.set_xlabel(", ".join(part.split()[0] for part in settings[0].split(", ")))

@@ -146,6 +146,21 @@ def test_a_further_seed_lands_within_its_interval_19_times_of_20():
         assert inside == pytest.approx(0.95, abs=0.012)
 
 
+def test_differences_on_the_way_are_of_the_same_number_of_queries_and_seed():
+    alignment = {("ddpo", 1): (0.5, 0.9), ("ddpo", 2): (0.6, 0.8), ("b2", 1): (0.7, 0.9), ("b2", 2): (0.7, 0.9)}
+    rows = [
+        {"algorithm": "dpok", "method": method, "settings": "", "seed": seed, "stage": stage,
+         "queries": 100 * (stage + 1), "unet_evals": 1000 * (stage + 1),
+         **dict.fromkeys(study_report.FIGURES, 0.1), "oracle_train": both[stage]}
+        for (method, seed), both in alignment.items() for stage in (0, 1)
+    ]  # fmt: skip
+    base = dict.fromkeys(study_report.FIGURES, 0.0)
+    lines = study_report.comparisons(rows, study_report.final_rows(rows), base, "dpok")
+    assert lines[0].startswith("| dpok | b2 - ddpo | after 100 queries | 2 | | | +0.150 [+0.100, +0.200] | +0.000")
+    assert lines[1].startswith("| dpok | b2 - ddpo | at equal queries | 2 | | | +0.050 [+0.000, +0.100] | +0.000")
+    assert len(lines) == 4
+
+
 def test_settings_are_ordered_by_their_numbers():
     settings = ["learning_rate 0.016, kl_weight 1", "learning_rate 3e-3, kl_weight 0.1", "learning_rate 3e-3, left 14"]
     assert sorted(settings, key=study_report._numbers) == settings[1:] + settings[:1]
