@@ -132,7 +132,8 @@ def check(config):
     _require(config.log_with in ("", "wandb"), "log_with", config.log_with, 'must be "" or "wandb"')
     reduction = config.train.log_prob
     _require(reduction == "mean" or config.mixed_precision == "no", "train.log_prob", reduction,
-             "a sum magnifies half precision's rounding; take mean, or config.mixed_precision=no")  # fmt: skip
+             "a sum magnifies half precision's rounding; take mean (and a smaller clip_range, such as 1e-3), or "
+             "config.mixed_precision=no")  # fmt: skip
     for name in ("kl_weight", "target_kl"):
         _require(config.train[name] >= 0, f"train.{name}", config.train[name], "must be 0 or more")
     baseline = config.train.value_baseline

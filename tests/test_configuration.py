@@ -102,9 +102,10 @@ def test_bad_settings(argument):
 
 
 def test_summed_log_probabilities_need_full_precision():
-    parse([*PRESET, "--config.train.log_prob=sum"])
+    assert parse(PRESET)[0].train.log_prob == "sum"
     with pytest.raises(UserError, match=r"config\.train\.log_prob='sum'"):
-        parse([*PRESET, "--config.train.log_prob=sum", "--config.mixed_precision=bf16"])
+        parse([*PRESET, "--config.mixed_precision=bf16"])
+    parse([*PRESET, "--config.mixed_precision=bf16", "--config.train.log_prob=mean"])
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "not json", '["a", 3]', '["a", " "]', '"a"', b"\xff\xfe\x00"], ids=str)
