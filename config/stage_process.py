@@ -130,7 +130,7 @@ def shapes():
     config.reward.model = "local-dir:model/shapes/clip"
     config.reward.weights = ""
     config.reward.batch_size = 120
-    config.train.learning_rate = 8e-3  # 80x: about 60 updates in the whole run, the paper's has a few thousand
+    config.train.learning_rate = 4e-3  # 40x: about 60 updates in the whole run, the paper's has a few thousand
     config.train.batch_size = 128
     config.train.trajectories_per_update = 32  # a stage keeps about 65 samples: 3 updates an epoch
     config.train.log_prob = "sum"  # the brake that the larger rate needs: the joint density's ratio,
