@@ -120,7 +120,7 @@ def test_the_driver_refuses_other_settings_even_for_a_finished_run_and_passes_ov
     done = drive("train.learning_rate=5e-4", "sample.guidance_scale=2.0")
     assert done.returncode == 1
     assert "was started with other settings: config.sample.guidance_scale was 5.0, now 2.0" in done.stderr
-    assert "config.train.learning_rate was 0.008, now 0.0005; give a new config.exp_name" in done.stderr
+    assert "config.train.learning_rate was 0.004, now 0.0005; give a new config.exp_name" in done.stderr
     assert (tmp_path / "out/t/eval.json").read_bytes() == evaluated
     assert drive().stdout.count("complete already") == 1
 
