@@ -29,11 +29,12 @@ def prompt_lists(name):
     return {f"prompts.{part}": f"prompts/shapes_{name}_{part}.json" for part in ("train", "test")}
 
 
+OTHERS = ("ddpo_sf", "dpok", "dpo")
 MEAN = {"train.log_prob": "mean", "train.clip_range": 1e-3}
 LOSSES = {  # the losses compared, by what results.csv calls them; ddpo_is and ddpo_is_sum with all four methods
     "ddpo_is": {"train.algorithm": "ddpo_is", **MEAN},
     "ddpo_is_sum": {"train.algorithm": "ddpo_is", "train.log_prob": "sum", "train.clip_range": 0.2},
-    **{name: {"train.algorithm": name, **MEAN} for name in ("ddpo_sf", "dpok", "dpo")},
+    **{name: {"train.algorithm": name, **MEAN} for name in OTHERS},
 }
 METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 SIZES = {"sample.groups": 48, "evaluate.images_per_prompt": 16}
@@ -98,7 +99,7 @@ def matrix(kind, cells=(), seeds=(), changes=()):
 
     clips = ("ddpo_is",) if kind == "quick" else ("ddpo_is", "ddpo_is_sum")
     plain = [(loss, method) for loss in clips for method in METHODS]
-    others = [(loss, method) for loss in LOSSES if not loss.startswith("ddpo_is") for method in ("ddpo", "b2")]
+    others = [(loss, method) for loss in OTHERS for method in ("ddpo", "b2")]
     if kind == "search":
         runs = [job(cell, 201, place) for cell in plain + others for place in range(len(GRID[cell[0]]))]
         finals = [(cell, place) for cell in FINALISTS for place in FINALISTS[cell]]

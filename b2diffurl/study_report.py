@@ -132,7 +132,8 @@ def comparisons(rows, cells, base, algorithm):
         if method == "ddpo" or len(found) != 1 or not (shared := sorted(set(found[0]) & set(plain))):
             continue
         ours, theirs = ({seed: _evaluated(rows, runs[seed]) for seed in shared} for runs in (found[0], plain))
-        for queries in list(theirs[shared[0]])[:-1]:
+        marks = set.intersection(*(set(run) for runs in (ours, theirs) for run in runs.values()))
+        for queries in sorted(marks - {run["queries"] for run in plain.values()}):
             pairs = [(ours[seed][queries], theirs[seed][queries]) for seed in shared]
             lines.append(_difference(algorithm, method, f"after {queries} queries", pairs))
         pairs = [(found[0][seed], plain[seed]) for seed in shared]

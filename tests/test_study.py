@@ -159,6 +159,9 @@ def test_differences_on_the_way_are_of_the_same_number_of_queries_and_seed():
     assert lines[0].startswith("| dpok | b2 - ddpo | after 100 queries | 2 | | | +0.150 [+0.100, +0.200] | +0.000")
     assert lines[1].startswith("| dpok | b2 - ddpo | at equal queries | 2 | | | +0.050 [+0.000, +0.100] | +0.000")
     assert len(lines) == 4
+    for row in rows:  # b2 with another budget: no number of queries is shared
+        row["queries"] += 50 * (row["method"] == "b2")
+    assert len(study_report.comparisons(rows, study_report.final_rows(rows), base, "dpok")) == 3
 
 
 def test_settings_are_ordered_by_their_numbers():
