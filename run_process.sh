@@ -41,7 +41,7 @@ launch=("$PYTHON")
 if [ -n "${LAUNCH:-}" ]; then
   read -ra launch <<<"$LAUNCH"
 elif [ "$gpus" -gt 1 ]; then
-  launch=("$PYTHON" -m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes "$gpus" --mixed_precision no --dynamo_backend no)
+  launch=("$PYTHON" -m accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0 --num_processes "$gpus" --mixed_precision no --dynamo_backend no)
 fi
 
 if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process

@@ -4,11 +4,10 @@ import dataclasses
 
 import torch
 
+from .ahead import ahead
 from .ddim import gaussian_log_prob, transition
 from .guidance import guided_noise
 from .noise import stream_noise
-
-FEWEST = 3  # images a UNet call on the CPU: its kernels round otherwise for fewer, and no batch size may show
 
 
 @dataclasses.dataclass
@@ -54,15 +53,11 @@ class Sampler:
         -> latents after each step (B, len(steps), C, H, W) and log-probs (B, len(steps)). Latents keep their dtype; the
         log-probability is that of the rounded latent.
         """
-        if latents.device.type == "cpu" and len(latents) < FEWEST:
-            rows = torch.arange(FEWEST).clamp(max=len(latents) - 1)
-            path, log_probs = self.denoise(latents[rows], embeds[rows], noise[rows], steps)
-            return path[: len(latents)], log_probs[: len(latents)]
         negative = self.negative_embeds.expand(len(latents), -1, -1)
-        noise = noise.to(latents.device)
+        noise = noise.to(latents.device, non_blocking=True)
         path, log_probs = [], []
         for i, step in enumerate(steps):
-            timesteps = self.scheduler.timesteps[step].to(latents.device).expand(len(latents))
+            timesteps = self.scheduler.timesteps[step].expand(len(latents))
             predicted = guided_noise(self.unet, latents, timesteps, embeds, negative, self.guidance_scale)
             mean, sigma = transition(self.scheduler, predicted, timesteps, latents, self.eta)
             latents = (mean + sigma * noise[:, i]).to(latents.dtype)
@@ -80,32 +75,40 @@ class Sampler:
         Trajectories come back on the CPU.
         """
         start, stop = interval
-        device, shape = self.unet.device, self.latent_shape
+        device = self.unet.device
         starts = []
-        for first in range(0, len(root_seeds), self.batch_size):
-            seeds = root_seeds[first : first + self.batch_size]
-            noise = torch.stack([stream_noise(seed, start + 1, shape) for seed in seeds])
+        for first, noise in self._noise(root_seeds, start + 1):
             latents = self.initial(noise[:, 0])
             if start:
-                latents = self.denoise(latents, embeds[first : first + len(seeds)], noise[:, 1:], range(start))[0][
-                    :, -1
-                ]
+                own = embeds[first : first + len(noise)]
+                latents = self.denoise(latents, own, noise[:, 1:], range(start))[0][:, -1]
             starts.append(latents)
         starts = torch.cat(starts)
         fan_out = len(branch_seeds) // len(root_seeds)
         root = torch.arange(len(branch_seeds), device=device) // fan_out
         paths, log_probs = [], []
-        for first in range(0, len(branch_seeds), self.batch_size):
-            seeds = branch_seeds[first : first + self.batch_size]
-            rows = root[first : first + len(seeds)]
-            noise = torch.stack([stream_noise(seed, stop - start, shape) for seed in seeds])
+        for first, noise in self._noise(branch_seeds, stop - start):
+            rows = root[first : first + len(noise)]
             path, log_prob = self.denoise(starts[rows], embeds[rows], noise, range(start, stop))
             on_batch(first, path[:, -1])
-            paths.append(path.cpu())
-            log_probs.append(log_prob.cpu())
+            paths.append(path.to("cpu", non_blocking=True))
+            log_probs.append(log_prob.to("cpu", non_blocking=True))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return Trajectories(
             start_latents=starts.cpu(),
             latents=torch.cat(paths),
             log_probs=torch.cat(log_probs),
             unet_evals=2 * (start * len(root_seeds) + (stop - start) * len(branch_seeds)),
         )
+
+    def _noise(self, seeds, steps):
+        """(first image, noise (B, steps, C, H, W)) of every batch; the next one is drawn while the last is used."""
+
+        def draw(first):
+            noise = torch.stack(
+                [stream_noise(seed, steps, self.latent_shape) for seed in seeds[first : first + self.batch_size]]
+            )
+            return first, noise.pin_memory() if self.unet.device.type == "cuda" else noise
+
+        return ahead(draw, range(0, len(seeds), self.batch_size))

@@ -18,6 +18,7 @@ METHODS = {  # method -> (backward progressive training, branches)
 CHOICES = {  # of config.train
     "algorithm": ("ddpo_is", "ddpo_sf", "dpok", "dpo"),
     "log_prob": ("mean", "sum"),
+    "accumulate_over": ("epoch", "stage"),
     "lr_schedule": ("constant", "linear"),
 }
 REWARDS = (
@@ -131,9 +132,10 @@ def check(config):
              f"must be one of {', '.join(PRECISIONS)}")  # fmt: skip
     _require(config.log_with in ("", "wandb"), "log_with", config.log_with, 'must be "" or "wandb"')
     reduction = config.train.log_prob
-    _require(reduction == "mean" or config.mixed_precision == "no", "train.log_prob", reduction,
-             "a sum magnifies half precision's rounding; take mean (and a smaller clip_range, such as 1e-3), or "
-             "config.mixed_precision=no")  # fmt: skip
+    full = config.mixed_precision == "no" and not config.allow_tf32
+    wanted = "a sum magnifies the rounding of half precision and of TF32 beyond its clip; take mean (with a clip_range "
+    wanted += "above that rounding, 0.02 or more), or config.mixed_precision=no with config.allow_tf32=False"
+    _require(reduction == "mean" or full, "train.log_prob", reduction, wanted)
     for name in ("kl_weight", "target_kl"):
         _require(config.train[name] >= 0, f"train.{name}", config.train[name], "must be 0 or more")
     baseline = config.train.value_baseline

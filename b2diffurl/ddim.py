@@ -21,7 +21,7 @@ def transition(scheduler, noise_pred, timesteps, sample, eta):
     if config.thresholding:
         raise ValueError("a scheduler with thresholding=True has no Gaussian transition: set it to False")
     sample, output = sample.float(), noise_pred.float()
-    timesteps = timesteps.to(sample.device)
+    timesteps = timesteps.to(sample.device)  # no copy where the scheduler's timesteps are on the device already
     previous = (timesteps - config.num_train_timesteps // scheduler.num_inference_steps).clamp(min=0)
     alphas = scheduler.alphas_cumprod.to(sample.device, torch.float32)
     a, a_prev = (alphas[t].view(-1, 1, 1, 1) for t in (timesteps, previous))
@@ -40,6 +40,13 @@ def transition(scheduler, noise_pred, timesteps, sample, eta):
     sigma = eta * variance.sqrt()
     mean = a_prev.sqrt() * x0 + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * noise
     return mean, sigma
+
+
+def prediction_gain(scheduler, timesteps, eta):
+    """By how many standard deviations σ a unit change of the model's output moves a transition's mean -> (B,)."""
+    none, small = torch.zeros(len(timesteps), 1, 1, 1), 1e-3  # small: a scheduler that clips x0 does not clip this
+    mean, sigma = transition(scheduler, none + small, timesteps, none, eta)
+    return (mean / sigma / small).abs().flatten()
 
 
 def gaussian_log_prob(value, mean, sigma):

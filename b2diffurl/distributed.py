@@ -12,7 +12,7 @@ import time
 
 from .configuration import SharedError, UserError
 
-WAIT = datetime.timedelta(hours=12)  # for the slowest process; the first one evaluates alone
+WAIT = datetime.timedelta(hours=1)  # for the slowest process: a machine that died is noticed
 
 
 @functools.cache

@@ -16,15 +16,18 @@ from . import contact_sheet, distributed, files, models
 from .configuration import UserError, read_prompts, run_main
 from .noise import stream_noise, stream_seed
 from .quality import Quality, feature_distance
-from .rewards import clip_of, load_reward
+from .rewards import clip_of
 from .shapes.oracle import verdicts
 
 RESAMPLES = 10_000
 MATTERS = ("pretrained", "sample", "reward", "evaluate")  # the settings that an evaluation depends on
 
 
-def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size=""):
-    """Write eval.json and before_after.png into `out`, and print the table; what is there already is only printed."""
+def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size="", loaded=None):
+    """Write eval.json and before_after.png into `out`, and print the table; what is there already is only printed.
+
+    loaded: the Models of a whole run, the evaluation's own unless given.
+    """
     out = pathlib.Path(out)
     if not pathlib.Path(checkpoint, "pytorch_lora_weights.safetensors").is_file():
         raise UserError(f"--checkpoint {checkpoint}: it holds no pytorch_lora_weights.safetensors")
@@ -43,26 +46,28 @@ def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size="
         log.info(table(stored["results"]))
         return
     out.mkdir(parents=True, exist_ok=True)
-    models.prepare(config)
-    count, results, pictures, measures = config.evaluate.images_per_prompt, [], {}, []
+    loaded, count = loaded or models.Models(config), config.evaluate.images_per_prompt
+    results, pictures, measures, first = [], {}, [], distributed.rank() == 0
 
     def load():
-        if distributed.rank() == 0:  # the others only sample
-            reward = load_reward(config, models.device())
-            clip, quality = clip_of(reward, config, models.device()), Quality(config, models.device())
-            measures.extend([reward, clip, quality])
+        if first:  # the others only sample
+            with loaded.scoring() as reward:
+                clip = clip_of(reward, config, models.device())
+            measures.extend([clip, Quality(config, models.device())])
 
     distributed.agree(load)
     for model, folder in (("before", None), ("after", checkpoint)):
-        images = generate(config, lists, folder, model)
-        for name, own in lists.items() if measures else ():
-            reward, clip, quality = measures
-            figures = measure(config, reward, clip, own, images[name]) | quality(images[name], count)
-            results.append({"model": model, "prompts": name, **figures})
-            starts = [i * count for i in contact_sheet.shown(own)]
-            pictures[model, name] = [images[name][i : i + min(count, contact_sheet.COLUMNS)] for i in starts]
+        images = generate(config, loaded, lists, folder, model)
+        if first:
+            clip, quality = measures
+            with loaded.scoring() as reward:
+                for name, own in lists.items():
+                    figures = measure(config, reward, clip, own, images[name]) | quality(images[name], count)
+                    results.append({"model": model, "prompts": name, **figures})
+                    starts = [i * count for i in contact_sheet.shown(own)]
+                    pictures[model, name] = [images[name][i : i + min(count, contact_sheet.COLUMNS)] for i in starts]
         del images
-    if measures:
+    if first:
         contact_sheet.draw(lists, pictures).save(out / "before_after.tmp.png")
         os.replace(out / "before_after.tmp.png", out / "before_after.png")
         files.write_json(out / "eval.json", {"settings": settings, "results": results})
@@ -89,7 +94,7 @@ def _positive(flag, text):
 
 
 @torch.no_grad()
-def generate(config, lists, checkpoint, label):
+def generate(config, loaded, lists, checkpoint, label):
     """{list name: PIL images, evaluate.images_per_prompt a prompt}, by the base model or with a checkpoint's LoRA.
 
     All processes sample a part, and all have all images.
@@ -100,8 +105,7 @@ def generate(config, lists, checkpoint, label):
 
     names, count = list(lists), config.evaluate.images_per_prompt
     distinct = list(dict.fromkeys(p for name in names for p in lists[name]))
-    embeds = models.embed_prompts(config, [*distinct, ""])
-    sampler, vae = models.load_sampler(config, embeds[-1:], checkpoint), models.load_vae(config)
+    embeds, sampler = loaded.embed(distinct), loaded.sampler(checkpoint)
     wanted = [(name, prompt, i) for name in names for prompt in lists[name] for i in range(count)]
     images = {name: [] for name in names}
     steps = config.sample.num_steps
@@ -112,7 +116,7 @@ def generate(config, lists, checkpoint, label):
         noise = torch.stack([stream_noise(seed, steps + 1, sampler.latent_shape) for seed in seeds])
         own = embeds[[distinct.index(prompt) for _, prompt, _ in batch]].to(models.device())
         path, _ = sampler.denoise(sampler.initial(noise[:, 0]), own, noise[:, 1:], range(steps))
-        for (name, _, _), picture in zip(batch, models.decode(vae, path[:, -1]), strict=True):
+        for (name, _, _), picture in zip(batch, models.decode(loaded.vae, path[:, -1]).cpu(), strict=True):
             images[name].append(Image.fromarray(picture.numpy()))
     found = distributed.gather(images)
     return {name: [image for part in found for image in part[name]] for name in names}

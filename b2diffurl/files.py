@@ -9,12 +9,15 @@ import os
 import pathlib
 import platform
 import re
+import secrets
 import shutil
 import sys
+import time
 
 from . import distributed, metrics
-from .configuration import UserError, read_prompts
+from .configuration import SharedError, UserError, read_prompts
 
+SHARED_WITHIN = 30  # seconds until a file of one machine must be seen on the others
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
 FREE = (
     "stage",
@@ -81,8 +84,31 @@ class Run:
             write_json(self.folder / "versions.json", versions())
             write_json(self.folder / "config.json", flat(config))
         distributed.barrier()
+        require_shared(self.folder)
         self.check(config)
         metrics.read(self.metrics)  # broken, it would be found when the step's work is done
+
+
+def require_shared(folder):
+    """Raise UserError unless every process sees the first one's files: one of a random name, soon.
+
+    Otherwise each machine would work on its own copy and wait for the others' files for ever.
+    """
+    if distributed.size() == 1:
+        return
+    name = distributed.first(f".shared-{secrets.token_hex(8)}")
+    if distributed.rank() == 0:
+        (folder / name).touch()
+    distributed.barrier()
+    deadline = time.monotonic() + SHARED_WITHIN
+    while not (there := (folder / name).exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = distributed.gather((platform.node(), there))
+    if distributed.rank() == 0:
+        (folder / name).unlink()
+    if blind := [node for node, there in seen if not there]:
+        nodes = ", ".join(sorted({*blind}))
+        raise SharedError(f"{folder} is another folder on {nodes}: give a config.save_path that all machines share")
 
 
 def checkpoint(stage_folder):
@@ -114,6 +140,8 @@ def write_tensors(path, tensors, metadata=None):
     from safetensors.torch import save_file
 
     aside = path.with_name(path.name + ".tmp")
+    aside.touch()
+    mode = aside.stat().st_mode  # as the umask has it; safetensors makes files that nobody else can read
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, aside, metadata)
     except SafetensorError as error:
@@ -121,6 +149,7 @@ def write_tensors(path, tensors, metadata=None):
         if not code:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+    aside.chmod(mode)
     if metadata:
         _sort_metadata(aside)
     os.replace(aside, path)

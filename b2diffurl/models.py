@@ -1,21 +1,114 @@
-"""Loading the parts of a Stable Diffusion pipeline one by one: each step loads only what it uses."""
+"""The parts of a Stable Diffusion pipeline and the reward: each loaded when it is first used, and then kept."""
 
+import contextlib
 import ctypes
-import os
+import functools
 import pathlib
 import platform
 
 import torch
 
-from . import files
-from .branch_sampling import FEWEST, Sampler
+from . import lora
+from .branch_sampling import Sampler
 from .configuration import UserError
 from .distributed import device
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-DECODED_LATENT_PIXELS = 4 * 64 * 64  # latent pixels that the VAE decodes at once: four 512x512 pictures of SD
+COMMITS = {  # a commit that is in the cache is loaded without a request, and cannot change during a run
+    "CompVis/stable-diffusion-v1-4": "133a221b8aa7292a167afc5127cb63fb5005638b",
+}
+DECODED_LATENT_PIXELS = 8 * 64 * 64  # latent pixels that the VAE decodes at once: eight 512x512 pictures of SD
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers, from malloc.h
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention of the UNet
+
+
+class Models:
+    """What the steps of a run compute with; run_process.sh keeps one for the whole run, a script one for its step."""
+
+    def __init__(self, config):
+        prepare(config)
+        self.config, self._embeds = config, {}
+
+    @functools.cached_property
+    def unet(self):
+        """The UNet2DConditionModel, frozen, in the run's precision, on the run's device."""
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        return _load_frozen(UNet2DConditionModel, self.config, "unet")
+
+    @functools.cached_property
+    def vae(self):
+        """The AutoencoderKL, frozen; in bf16 under fp16, in which SD's decoder overflows for some latents."""
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        dtype = torch.bfloat16 if self.config.mixed_precision == "fp16" else None
+        return _load_frozen(AutoencoderKL, self.config, "vae", dtype)
+
+    @functools.cached_property
+    def scheduler(self):
+        """The run's DDIMScheduler: see load_scheduler."""
+        return load_scheduler(self.config)
+
+    @functools.cached_property
+    def _text(self):
+        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        return _load(CLIPTokenizer, self.config, "tokenizer"), _load_frozen(CLIPTextModel, self.config, "text_encoder")
+
+    @functools.cached_property
+    def _reward(self):
+        from .rewards import load_reward
+
+        return load_reward(self.config, device())
+
+    @torch.no_grad()
+    def embed(self, prompts):
+        """Prompts -> their text embeddings (P, L, D) on the CPU, in the run's precision.
+
+        One by one and once each, so that a prompt's embedding does not depend on the others.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._embeds:
+                tokenizer, encoder = self._text
+                ids = tokenizer([prompt], padding="max_length", truncation=True, return_tensors="pt").input_ids
+                self._embeds[prompt] = encoder(ids.to(encoder.device)).last_hidden_state[0].cpu()
+        return torch.stack([self._embeds[prompt] for prompt in prompts])
+
+    def sampler(self, checkpoint=None):
+        """The denoising policy: the UNet, with a checkpoint folder's LoRA where one is given, and how config runs it.
+
+        On the CPU in float32 the LoRA is merged into the weights. In half precision, and under TF32, that would round
+        it away, and another policy would sample than the one that is trained.
+        """
+        unet, sample = self.unet, self.config.sample
+        lora.unmerge(unet)
+        if checkpoint:
+            lora.load(unet, checkpoint)
+        lora.switch(unet, bool(checkpoint))
+        if checkpoint and unet.dtype == torch.float32 and unet.device.type == "cpu":
+            lora.merge(unet)
+        negative = self.embed([""]).to(device())
+        return Sampler(unet, self.scheduler, negative, sample.guidance_scale, sample.eta, sample.batch_size)
+
+    def trainable(self, checkpoint=None):
+        """The UNet with a checkpoint folder's LoRA or a fresh one, and {name: parameter} of it, float32."""
+        unet = self.unet
+        lora.unmerge(unet)
+        parameters = lora.load(unet, checkpoint) if checkpoint else lora.add(unet, self.config)
+        lora.switch(unet, True)
+        if self.config.train.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet, parameters
+
+    @contextlib.contextmanager
+    def scoring(self):
+        """The Reward, on the run's device; between two uses a GPU's reward models wait in the machine's memory."""
+        self._reward.move(device())
+        yield self._reward
+        if device().type == "cuda":
+            self._reward.move("cpu")
+            torch.cuda.empty_cache()
 
 
 def prepare(config):
@@ -31,11 +124,16 @@ def prepare(config):
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def revision(config):
+    """The revision of a hub id: config.pretrained.revision, or where that is "" the known commit, or "main"."""
+    return config.pretrained.revision or COMMITS.get(config.pretrained.model, "main")
+
+
 def _load(loader, config, subfolder, **options):
     from safetensors import SafetensorError
 
     model = config.pretrained.model
-    where = {} if pathlib.Path(model).is_dir() else {"revision": config.pretrained.revision}
+    where = {} if pathlib.Path(model).is_dir() else {"revision": revision(config)}
     try:
         return loader.from_pretrained(model, subfolder=subfolder, **where, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -49,23 +147,8 @@ def _load_frozen(loader, config, subfolder, dtype=None):
     return model.to(device(), memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
-def load_unet(config):
-    """The UNet2DConditionModel, frozen, in the run's precision, on the run's device."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    return _load_frozen(UNet2DConditionModel, config, "unet")
-
-
-def load_vae(config):
-    """The AutoencoderKL, frozen; in float32 or bf16, since SD's decoder overflows in fp16 for some latents."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    dtype = torch.float32 if config.mixed_precision == "fp16" else None
-    return _load_frozen(AutoencoderKL, config, "vae", dtype)
-
-
 def load_scheduler(config):
-    """A DDIMScheduler with the pipeline's betas, its timesteps set to config.sample.num_steps.
+    """A DDIMScheduler with the pipeline's betas, its timesteps set to config.sample.num_steps, on the run's device.
 
     Raises UserError where some step would have no variance, and so no log-probability.
     """
@@ -77,125 +160,26 @@ def load_scheduler(config):
     if steps > trained:
         raise UserError(f"config.sample.num_steps={steps}: the model has {trained} timesteps; take at most that many")
     scheduler.set_timesteps(steps)
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(device())
     first, last = scheduler.timesteps[[0, -1]].tolist()
     if scheduler.config.thresholding or last < 1 or scheduler.alphas_cumprod[first] <= 0:
         raise UserError(
             f"config.pretrained.model={config.pretrained.model!r}: its scheduler has steps without a density; set "
             'thresholding=false, rescale_betas_zero_snr=false and timestep_spacing="leading" in scheduler_config.json'
         )
+    for name in ("alphas_cumprod", "timesteps"):  # where they are used, so that no step waits for a copy
+        setattr(scheduler, name, getattr(scheduler, name).to(device()))
     return scheduler
-
-
-def load_sampler(config, negative_embeds, checkpoint=None):
-    """The denoising policy: the UNet, with a checkpoint folder's LoRA where one is given, and how config runs it.
-
-    On the CPU in float32 the LoRA is added into the weights, which saves its passes over the activations. In half
-    precision, and under TF32, that would round it away, and another policy would sample than the one that is trained.
-    """
-    unet = load_unet(config)
-    if checkpoint:
-        load_lora(unet, checkpoint)
-        if unet.dtype == torch.float32 and unet.device.type == "cpu":
-            unet.fuse_lora()
-    sample = config.sample
-    negative = negative_embeds.to(device())
-    return Sampler(unet, load_scheduler(config), negative, sample.guidance_scale, sample.eta, sample.batch_size)
-
-
-@torch.no_grad()
-def embed_prompts(config, prompts):
-    """Distinct prompts -> their text embeddings (P, L, D) on the CPU, in the run's precision."""
-    from transformers import CLIPTextModel, CLIPTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    tokenizer = _load(CLIPTokenizer, config, "tokenizer")
-    encoder = _load_frozen(CLIPTextModel, config, "text_encoder")
-    ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return torch.cat([encoder(chunk.to(encoder.device)).last_hidden_state.cpu() for chunk in ids.split(64)])
 
 
 @torch.no_grad()
 def decode(vae, latents):
-    """Latents (B, C, h, w) -> pictures (B, H, W, 3) uint8 on the CPU; large pictures a few at a time."""
-    if latents.device.type == "cpu" and len(latents) < FEWEST:
-        return decode(vae, latents[torch.arange(FEWEST).clamp(max=len(latents) - 1)])[: len(latents)]
+    """Latents (B, C, h, w) -> pictures (B, H, W, 3) uint8 on the latents' device; large pictures a few at a time."""
     at_once = max(1, DECODED_LATENT_PIXELS // latents[0, 0].numel())
     pictures = [
         ((vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1) * 255)
         .round()
         .byte()
         .permute(0, 2, 3, 1)
-        .cpu()
         for part in latents.split(at_once)
     ]
     return torch.cat(pictures)
-
-
-def add_lora(unet, config):
-    """Attach a fresh LoRA: down-projection N(0, 1/rank²), up-projection zero, scale 1; trainable and float32."""
-    from peft import LoraConfig
-
-    torch.manual_seed(config.seed)
-    rank = config.train.lora_rank
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS))
-    return _trainable(unet)
-
-
-def load_lora(unet, folder):
-    """Attach the LoRA of a checkpoint folder; trainable and float32. Raises UserError for another model's."""
-    stored = files.read_tensors(pathlib.Path(folder) / "pytorch_lora_weights.safetensors", "run_train.py")
-    try:
-        unet.load_lora_adapter(os.fspath(folder), prefix="unet", adapter_name="default", use_safetensors=True)
-        lora = _trainable(unet)
-        names = {f"unet.{name.replace('.default.', '.')}": parameter for name, parameter in lora.items()}
-        if foreign := names.keys() ^ stored.keys():  # diffusers passes over what it does not know
-            raise ValueError(f"{min(foreign)} is in one of them only")
-        for name, parameter in names.items():  # once more, since diffusers rounds what it loads to the UNet's precision
-            parameter.data.copy_(stored[name])
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no LoRA of this model: {str(error).splitlines()[0]}") from None
-    return lora
-
-
-class LoraProjection(torch.nn.Linear):
-    """A LoRA matrix that is float32 and computes in its input's precision, as autocast would.
-
-    PEFT would compute it in float32 and so turn every input and output of a half-precision base into float32 too.
-    """
-
-    def forward(self, x):
-        """x (..., in) -> (..., out) in x's precision; the weight's gradient is float32."""
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype))
-
-
-def _trainable(unet):
-    """{name: parameter} of the LoRA, made float32 and trainable."""
-    from peft.tuners.lora import LoraLayer
-
-    for layer in unet.modules():
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False
-            for matrices in (layer.lora_A, layer.lora_B):
-                for name, matrix in matrices.items():
-                    matrices[name] = LoraProjection(matrix.in_features, matrix.out_features, bias=False, device="meta")
-                    matrices[name].weight = torch.nn.Parameter(matrix.weight.float())
-    return {name: p for name, p in unet.named_parameters() if ".lora_" in name}
-
-
-def save_lora(unet, folder, metadata=None):
-    """Write pytorch_lora_weights.safetensors, as StableDiffusionPipeline.load_lora_weights(folder) reads it.
-
-    metadata: {name: text} for the file's header, which loaders pass over.
-    """
-    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
-    from peft.utils import get_peft_model_state_dict
-
-    StableDiffusionLoraLoaderMixin.save_lora_weights(
-        os.fspath(folder),
-        get_peft_model_state_dict(unet),
-        save_function=lambda weights, path: files.write_tensors(
-            pathlib.Path(path), weights, {"format": "pt", **(metadata or {})}
-        ),
-    )

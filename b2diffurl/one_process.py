@@ -1,18 +1,18 @@
-"""The loop of run_process.sh in one warm process: the same three steps and the evaluation, Python started once.
+"""The loop of run_process.sh in one warm process: the same three steps and the evaluation, with the same bits.
 
-Where a stage is short, three starts of Python with PyTorch, diffusers and OpenCLIP cost more than its work does.
+Python starts once and every model is loaded once: three starts a stage with PyTorch, diffusers, OpenCLIP and gigabytes
+of weights cost more than the work of a stage that is short or spread over several GPUs.
 """
 
-import gc
 import time
 
-from . import STARTED, distributed, evaluate, files, report, sample, select, train
+from . import STARTED, distributed, evaluate, files, models, report, sample, select, train
 from .configuration import run_main
 
 
 def main(config):
-    """Run every stage that is not complete, then the evaluation. Each step loads its models and lets them go."""
-    started = STARTED
+    """Run every stage that is not complete, then the evaluation."""
+    started, loaded = STARTED, models.Models(config)
     for stage in range(config.schedule.stage_count):
         config.stage = stage
         run = files.Run(config)
@@ -21,10 +21,9 @@ def main(config):
                 print(f"stage {stage}: complete already", flush=True)
             continue
         for step in (sample, select, train):
-            step.main(config, started)
-            gc.collect()  # PEFT's layers refer to each other; without this the next step's models come on top of them
+            step.main(config, started, loaded)
             started = time.perf_counter()
-    evaluate.main(config, files.checkpoint(run.stage), run.folder)
+    evaluate.main(config, files.checkpoint(run.stage), run.folder, loaded=loaded)
     if distributed.rank() == 0:
         report.main(run.folder)
 

@@ -12,10 +12,11 @@ from .noise import draw_prompts, stream_seed
 from .tracking import track
 
 
-def main(config, started=None):
+def main(config, started=None, loaded=None):
     """Write images/, samples.safetensors and samples.json of config.stage; nothing to do if samples.json is there.
 
     started: time.perf_counter() when the step began, now unless given; its times count from there.
+    loaded: the Models of a whole run, this step's own unless given.
     """
     started = started or time.perf_counter()
     run = files.Run(config)
@@ -24,13 +25,12 @@ def main(config, started=None):
     if distributed.first((run.stage / "samples.json").exists()):
         log.info(f"stage {config.stage} sample: complete already ({run.stage / 'samples.json'})")
         return
-    models.prepare(config)
+    loaded = loaded or models.Models(config)
     before = files.require_checkpoint(run.previous) if run.previous else None
     rows = plan(config)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    embeds = models.embed_prompts(config, [*prompts, ""])
-    sampler, vae = models.load_sampler(config, embeds[-1:], before), models.load_vae(config)
-    loaded = time.perf_counter()
+    embeds, sampler, vae = loaded.embed(prompts), loaded.sampler(before), loaded.vae
+    ready = time.perf_counter()
     run.stage.mkdir(parents=True, exist_ok=True)
     interval = interval_of(config)
     groups, tensors = distributed.part(config.sample.groups), {}
@@ -57,19 +57,19 @@ def main(config, started=None):
         return
     tensors |= {
         "timesteps": sampler.scheduler.timesteps[interval[0] : interval[1]].cpu(),
-        "prompt_embeds": embeds[:-1],
-        "negative_embeds": embeds[-1:],
+        "prompt_embeds": embeds,
+        "negative_embeds": loaded.embed([""]),
         "prompt_index": torch.tensor([prompts.index(row["prompt"]) for row in rows]),
     }
     files.write_tensors(run.stage / "samples.safetensors", tensors)
     seconds = time.perf_counter() - started
-    speed = len(rows) / (time.perf_counter() - loaded)
+    speed = len(rows) / (time.perf_counter() - ready)
     values = {
         "interval/start": interval[0],
         "interval/length": interval[1] - interval[0],
         "sample/images": len(rows),
         "perf/unet_evals": unet_evals,
-        "perf/startup_s": round(loaded - started, 3),
+        "perf/startup_s": round(ready - started, 3),
         "perf/images_per_s": round(speed, 3),
         "time_s": round(seconds, 3),
     }
@@ -115,8 +115,12 @@ def _denoise(config, rows, prompts, embeds, sampler, vae, interval, folder, pool
     with tqdm(total=len(rows), desc=f"stage {config.stage} sample", unit="image", leave=False, disable=None) as bar:
 
         def on_batch(first, latents):
-            for row, picture in zip(rows[first:], models.decode(vae, latents), strict=False):
-                saving.append(pool.submit(Image.fromarray(picture.numpy()).save, folder / row["image"]))
+            pictures = models.decode(vae, latents).to("cpu", non_blocking=True)
+            copied = torch.cuda.Event() if latents.is_cuda else None
+            if copied:
+                copied.record()
+            for row, picture in zip(rows[first:], pictures.numpy(), strict=False):
+                saving.append(pool.submit(save, picture, copied, folder / row["image"]))
             bar.update(len(latents))
 
         seeds = [row["seed"] for row in rows]
@@ -124,3 +128,10 @@ def _denoise(config, rows, prompts, embeds, sampler, vae, interval, folder, pool
     for future in saving:
         future.result()
     return trajectories
+
+
+def save(picture, copied, path):
+    """Write a picture (H, W, 3) uint8 as a PNG, once the CUDA event `copied`, if there is one, has passed."""
+    if copied:
+        copied.synchronize()
+    Image.fromarray(picture).save(path)

@@ -10,7 +10,6 @@ from PIL import Image
 from . import distributed, files, metrics, models
 from .configuration import METHODS, UserError
 from .quality import feature_distance
-from .rewards import load_reward
 from .rewards.history import RewardHistory
 from .sample import plan
 from .selection import select_contrasts
@@ -18,10 +17,11 @@ from .shapes.oracle import verdicts
 from .tracking import track
 
 
-def main(config, started=None):
+def main(config, started=None, loaded=None):
     """Write selected.safetensors and scores.json of config.stage; nothing to do if scores.json is there.
 
     started: time.perf_counter() when the step began, now unless given; its times count from there.
+    loaded: the Models of a whole run, this step's own unless given.
     """
     started = started or time.perf_counter()
     run = files.Run(config)
@@ -34,23 +34,23 @@ def main(config, started=None):
     if rows != plan(config):
         raise UserError(f"{run.stage} holds the samples of another run: delete it and run run_sample.py again")
     past = _history(run.previous / "scores.json") if run.previous else []
-    models.prepare(config)
-    reward = load_reward(config, models.device())
-    loaded = time.perf_counter()
-    images, raw, parts = _score(run, rows, reward)
-    scoring = time.perf_counter() - loaded
+    loaded = loaded or models.Models(config)
+    with loaded.scoring() as reward:
+        ready = time.perf_counter()
+        raw, parts, measured, shown = _score(config, run, rows, reward)
+        scoring = time.perf_counter() - ready
 
     def conclude():
         if distributed.rank():
             return
         normalised, history, kept, values = _select(config, rows, raw, parts, past, log)
-        values |= _measure(config, rows, images, reward)
+        values |= measured
         values = {name: v if isinstance(v, int) else round(float(v), 6) for name, v in values.items()}
-        values["perf/startup_s"] = round(loaded - started, 3)
+        values["perf/startup_s"] = round(ready - started, 3)
         values["perf/images_per_s"] = round(len(raw) / scoring, 3)
         values["time_s"] = round(time.perf_counter() - started, 3)
         _write(config, run, rows, raw, normalised, history, kept, values)
-        track(config, "select", values, log, images[:: config.sample.branches][:8])
+        track(config, "select", values, log, shown)
         log.info(
             f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {len(kept)} of "
             f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if "oracle/alignment" in values else "")
@@ -70,20 +70,35 @@ def _history(path):
         ) from None
 
 
-def _score(run, rows, reward):
-    """-> images, rewards (N,), {part: rewards (N,)}: scored by all processes together; process 0 has all images."""
-    prompts, mine, images = [row["prompt"] for row in rows], distributed.part(len(rows)), []
+def _score(config, run, rows, reward):
+    """-> rewards (N,), {part: rewards (N,)}, {figure beside the reward: value}, a few PIL images to show.
+
+    Every process reads, scores and measures its own part of the images.
+    """
+    mine, branches, shown = distributed.part(len(rows)), config.sample.branches, []
+    own = rows[mine]
+    prompts = [row["prompt"] for row in own]
+    clip = next((part for name, _, part in reward.parts if name == "clip"), None)
 
     def work():
-        wanted = rows if distributed.rank() == 0 else rows[mine]
         with concurrent.futures.ThreadPoolExecutor() as pool:  # decoding a large PNG takes longer than scoring it
-            images.extend(pool.map(_open, [run.stage / "images" / row["image"] for row in wanted]))
-        own = images[: mine.stop - mine.start]
-        return reward.score(own, prompts[mine]) if own else None
+            images = [*pool.map(_open, [run.stage / "images" / row["image"] for row in own])]
+        firsts = [image for image, row in zip(images, own, strict=True) if row["branch"] == 0]
+        shown.extend(firsts[:8])
+        return {
+            "scores": reward.score(images, prompts) if images else None,
+            "features": clip.features(firsts).cpu().numpy() if clip and firsts else None,
+            "verdicts": verdicts(images, prompts) if config.evaluate.oracle and images else None,
+        }
 
-    found = [scores for scores in distributed.agree(work) if scores]
-    parts = {name: np.concatenate([parts[name] for _, parts in found]) for name in found[0][1]}
-    return images, np.concatenate([total for total, _ in found]), parts
+    found = distributed.agree(work)
+    scores, features, right = ([part[name] for part in found if part[name] is not None] for name in found[0])
+    parts, values = {name: np.concatenate([own[name] for _, own in scores]) for name in scores[0][1]}, {}
+    if features and config.sample.groups > 1:
+        values["diversity/clip"] = between_groups(np.concatenate(features), [r["prompt"] for r in rows[::branches]])
+    if sum(map(len, right)) == len(rows):  # all prompts are of the oracle's world
+        values["oracle/alignment"] = np.concatenate(right).mean()
+    return np.concatenate([total for total, _ in scores]), parts, values, shown
 
 
 def _select(config, rows, raw, parts, past, log):
@@ -113,18 +128,6 @@ def _select(config, rows, raw, parts, past, log):
     return normalised, history, kept, values
 
 
-def _measure(config, rows, images, reward):
-    """Figures of the pictures beside their reward: diversity, and oracle alignment where it is asked for."""
-    prompts, values = [row["prompt"] for row in rows], {}
-    clip = next((part for name, _, part in reward.parts if name == "clip"), None)
-    if clip and config.sample.groups > 1:
-        values["diversity/clip"] = between_groups(clip, images, prompts, config.sample.branches)
-    right = verdicts(images, prompts) if config.evaluate.oracle else None
-    if right is not None:
-        values["oracle/alignment"] = right.mean()
-    return values
-
-
 def _write(config, run, rows, raw, normalised, history, kept, values):
     """The stage's files; scores.json last, since it says that the step is complete."""
     tensors = {"index": torch.tensor(kept, dtype=torch.int64), "normalised": torch.tensor(normalised[kept])}
@@ -150,10 +153,9 @@ def keep(config, normalised):
     return [group * branches + branch for group, branch in pairs]
 
 
-def between_groups(clip, images, prompts, branches):
-    """Mean CLIP-feature distance between images of one prompt and different groups: the groups' first branches."""
-    features, own = clip.features(images[::branches]).cpu().numpy(), prompts[::branches]
-    of_prompt = [features[[p == prompt for p in own]][None] for prompt in dict.fromkeys(own)]
+def between_groups(features, prompts):
+    """Mean CLIP-feature distance between images of one prompt; features (G, D) and prompts of each group's first."""
+    of_prompt = [features[[p == prompt for p in prompts]][None] for prompt in dict.fromkeys(prompts)]
     pairs = [f.shape[1] * (f.shape[1] - 1) for f in of_prompt]
     return float(np.average([feature_distance(f) for f in of_prompt], weights=pairs)) if sum(pairs) else 0.0
 

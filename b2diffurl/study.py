@@ -8,7 +8,6 @@ goes on where it was stopped; a run whose last stage is in results.csv is done.
 import argparse
 import collections
 import concurrent.futures
-import gc
 import multiprocessing
 import os
 import pathlib
@@ -20,7 +19,7 @@ import typing
 
 from . import distributed, evaluate, files, lock, metrics, models, sample, select, study_report, train
 from .configuration import UserError, parse, read_prompts
-from .rewards import clip_of, load_reward
+from .rewards import clip_of
 from .shapes.variety import open_entropy
 
 
@@ -135,15 +134,14 @@ def evaluated(config):
     return end or (config.stage + 1) * config.sample.groups % 192 == 0
 
 
-def measure(config, checkpoint):
+def measure(config, checkpoint, loaded):
     """Train and held-out figures of a checkpoint (None: the base model) on the fixed evaluation noise."""
-    models.prepare(config)
     lists = {"train": read_prompts(config.prompts.train), "test": read_prompts(config.prompts.test)}
-    images = evaluate.generate(config, lists, checkpoint, config.exp_name)
-    reward, values = load_reward(config, models.device()), {}
-    clip = clip_of(reward, config, models.device())
+    images = evaluate.generate(config, loaded, lists, checkpoint, config.exp_name)
+    values = {}
     for name, prompts in lists.items():
-        found = evaluate.measure(config, reward, clip, prompts, images[name])
+        with loaded.scoring() as reward:
+            found = evaluate.measure(config, reward, clip_of(reward, config, models.device()), prompts, images[name])
         for key in ("reward", "oracle", "diversity"):
             values[f"{key}_{name}"] = found[key]
         values[f"entropy_{name}"] = open_entropy(images[name], config.evaluate.images_per_prompt)
@@ -153,19 +151,18 @@ def measure(config, checkpoint):
 def run(job, out, kind):
     """One run of the matrix, or what is left of it; -> its rows, one a stage."""
     config = configure(job, out, kind)
-    stages, rows = config.schedule.stage_count, []
+    stages, rows, loaded = config.schedule.stage_count, [], models.Models(config)
     for config.stage in range(stages):
         place = files.Run(config)
         if not (place.stage / "checkpoints").is_dir():
             for step in (sample, select, train):
-                step.main(config)
-                gc.collect()
+                step.main(config, loaded=loaded)
         row = dict(zip(("algorithm", "method", "settings", "seed"), job.key(), strict=True))
         row |= {"stage": config.stage, **spent(place, config)}
         if evaluated(config):
             stored = place.stage / "evaluation.json"
             if not stored.exists():
-                files.write_json(stored, measure(config, files.checkpoint(place.stage)))
+                files.write_json(stored, measure(config, files.checkpoint(place.stage), loaded))
             row |= files.read_json(stored, "the study")
         rows.append(row)
     return rows
@@ -209,7 +206,7 @@ def main(out, kind, cells=(), seeds=(), changes=()):
     lock.hold(out)
     if not base.exists():
         print("evaluating the base model ...", flush=True)
-        files.write_json(base, measure(config, None))
+        files.write_json(base, measure(config, None, models.Models(config)))
     rows = study_report.read(out / "results.csv")
     stages = collections.Counter((r["algorithm"], r["method"], r["settings"], r["seed"]) for r in rows)
     runs = [job for job in runs if stages[job.key()] < configure(job, out, kind).schedule.stage_count]

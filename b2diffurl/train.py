@@ -7,25 +7,27 @@ import time
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import adam, curves, distributed, files, metrics, models
+from . import adam, curves, distributed, files, lora, metrics, models
 from .configuration import UserError, interval_of
 from .losses import weigh_advantages
 from .noise import stream_seed
 from .tracking import track
-from .training import Pairs, PolicyMismatch, plan_updates, pretrained_means, train_epochs
+from .training import Pairs, PolicyMismatch, count_updates, pretrained_means, train_updates
 from .value import Baseline
 
+HEADROOM = "loss_scale.headroom"  # the name of its tensor beside AdamW's state
 NOTHING_SELECTED = {
     "train/updates": 0, "train/loss": 0.0, "train/lora_change": 0.0, "train/grad_norm": 0.0, "train/grad_norm_max": 0.0,
-    "policy/ratio_first": 1.0, "policy/ratio_first_error": 0.0, "policy/clipfrac": 0.0, "policy/approx_kl": 0.0,
-    "perf/unet_evals": 0, "perf/pairs_per_s": 0.0,
+    "policy/ratio_first": 1.0, "policy/ratio_first_error": 0.0, "policy/prediction_error": 0.0, "policy/clipfrac": 0.0,
+    "policy/approx_kl": 0.0, "perf/unet_evals": 0, "perf/pairs_per_s": 0.0,
 }  # fmt: skip
 
 
-def main(config, started=None):
+def main(config, started=None, loaded=None):
     """Write checkpoints/checkpoint_0 (before) and checkpoint_1 (after) of config.stage, unless they are there.
 
     started: time.perf_counter() when the step began, now unless given; its times count from there.
+    loaded: the Models of a whole run, this step's own unless given.
     """
     started = started or time.perf_counter()
     run = files.Run(config)
@@ -40,28 +42,27 @@ def main(config, started=None):
     if selected.keys() != {"index", "normalised"}:
         raise UserError(f"{run.stage} holds files of another run: delete it and run all steps of the stage again")
     before = files.require_checkpoint(run.previous) if run.previous else None
-    models.prepare(config)
-    unet, scheduler = models.load_unet(config), models.load_scheduler(config)
-    lora = models.load_lora(unet, before) if before else models.add_lora(unet, config)
-    optimizer = build_optimizer(config, lora)
+    loaded = loaded or models.Models(config)
+    unet, parameters = loaded.trainable(before)
+    optimizer, headroom = build_optimizer(config, parameters), 1.0
     if before:
-        adam.restore(optimizer, lora, files.read_tensors(before / "optimizer.safetensors", "run_train.py"))
+        stored = files.read_tensors(before / "optimizer.safetensors", "run_train.py")
+        adam.restore(optimizer, parameters, stored)
+        headroom = stored[HEADROOM].item() if HEADROOM in stored else 1.0
     baseline = Baseline(config, unet) if config.train.value_baseline else None
     if before and baseline:
         baseline.load(before / "value.safetensors")
-    if config.train.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    loaded = time.perf_counter()
+    ready = time.perf_counter()
     first = distributed.rank() == 0
     with files.fresh_folder(target) as folder:
         if first:
-            save_checkpoint(config, unet, optimizer, lora, folder / "checkpoint_0")
-        values = _train(config, run, selected, unet, scheduler, optimizer, lora, baseline)
+            save_checkpoint(config, unet, optimizer, headroom, folder / "checkpoint_0")
+        values, headroom = _train(config, run, selected, unet, loaded.scheduler, optimizer, headroom, baseline)
         if first:
-            save_checkpoint(config, unet, optimizer, lora, folder / "checkpoint_1")
+            save_checkpoint(config, unet, optimizer, headroom, folder / "checkpoint_1")
             if baseline:
                 baseline.save(folder / "checkpoint_1/value.safetensors")
-            values["perf/startup_s"] = round(loaded - started, 3)
+            values["perf/startup_s"] = round(ready - started, 3)
             values["time_s"] = round(time.perf_counter() - started, 3)
             metrics.record(run.metrics, config, "train", values)
     distributed.barrier()
@@ -77,7 +78,11 @@ def main(config, started=None):
             f"grad norm {values['train/grad_norm']:.4f}, {values['time_s']:.1f} s"
         )
     else:
-        log.info(f"stage {config.stage} train: nothing was selected in this stage; the LoRA stays as it is")
+        why = "nothing was selected in this stage"
+        if count := len(trained_positions(config, selected["index"])):
+            why = f"{count} selected trajectories in {config.train.num_epochs} epochs do not fill an update of "
+            why += f"config.train.trajectories_per_update={config.train.trajectories_per_update}"
+        log.info(f"stage {config.stage} train: {why}; the LoRA stays as it is")
 
 
 def trained_positions(config, index):
@@ -115,13 +120,15 @@ def load_pairs(config, run, index, normalised, device):
         )
 
 
-def _train(config, run, selected, unet, scheduler, optimizer, lora, baseline):
-    """Train on the selection; -> the metrics of the step."""
+def _train(config, run, selected, unet, scheduler, optimizer, headroom, baseline):
+    """Train on the selection; -> the metrics of the step, and the loss scale's headroom."""
     from tqdm import tqdm
 
     positions = trained_positions(config, selected["index"])
-    if not len(positions):
-        return dict(NOTHING_SELECTED)
+    counts = count_updates(config, len(positions)) if len(positions) else {"epoch": 0, "stage": 0}
+    planned = {f"train/updates_by_{unit}": count for unit, count in counts.items()}
+    if not counts[config.train.accumulate_over]:
+        return {**NOTHING_SELECTED, **planned}, headroom
     index, normalised = selected["index"][positions], selected["normalised"][positions]
     try:
         pairs = load_pairs(config, run, index, normalised, unet.device)
@@ -129,44 +136,46 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora, baseline):
         path = run.stage / "samples.safetensors"
         raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
     began, updates = time.perf_counter(), []
-    before = [parameter.detach().clone() for parameter in lora.values()]
+    parameters = [*lora.parameters(unet).values()]
+    before = [parameter.detach().clone() for parameter in parameters]
     if config.train.algorithm == "dpok":
         pairs.pretrained_means = pretrained_means(unet, scheduler, pairs, config)
         pairs.baselines = baseline.of(pairs) if baseline else None
-    epochs, samples, per_update = plan_updates(config, len(index))
     generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
-    total = epochs * -(-samples // per_update)
+    total = counts[config.train.accumulate_over]
     with tqdm(total=total, desc=f"stage {config.stage} train", unit="update", leave=False, disable=None) as bar:
 
         def on_update(statistics, norm):
-            updates.append({**{name: value.mean().item() for name, value in statistics.items()}, "grad_norm": norm})
+            updates.append({name: value.float().mean().item() for name, value in statistics.items()})
+            updates[-1]["grad_norm"] = norm
             updates[-1]["ratio_error"] = (statistics["ratio"] - 1).abs().max().item()
             bar.update()
 
         try:
-            seen = train_epochs(unet, scheduler, optimizer, list(lora.values()), pairs, config, generator, on_update)
+            seen, headroom = train_updates(
+                unet, scheduler, optimizer, parameters, pairs, config, generator, on_update, headroom
+            )
         except FloatingPointError as error:
             raise UserError(
                 f"stage {config.stage} update {len(updates)}: {error}; the stage was not saved. Lower "
                 f"config.train.learning_rate={config.train.learning_rate} under a new config.exp_name"
             ) from None
         except PolicyMismatch as error:
-            raise UserError(
-                f"stage {config.stage}: {error}: the samples are not this policy's; the stage was not saved. Delete "
-                f"{run.stage} and run all its steps again, in one precision and on one kind of device"
-            ) from None
-    change = _changed(config, lora, before)
-    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+            raise UserError(f"stage {config.stage} of {run.folder}, not trained: {error}") from None
+    change = _changed(config, parameters, before)
+    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[-1]}
     if baseline:
         mean["value_loss"] = baseline.fit(pairs, config.train.value_epochs, generator)
-    return {
+    values = {
         "train/updates": len(updates),
+        **planned,
         "train/loss": mean["loss"],
         "train/lora_change": change,
         "train/grad_norm": mean["grad_norm"],
         "train/grad_norm_max": max(u["grad_norm"] for u in updates),
         "policy/ratio_first": updates[0]["ratio"],
         "policy/ratio_first_error": updates[0]["ratio_error"],
+        "policy/prediction_error": updates[0]["prediction_error"],
         "policy/clipfrac": mean["clipped"],
         "policy/approx_kl": mean["approx_kl"],
         **{f"policy/{name}": mean[name] for name in ("kl_pretrained", "preferred") if name in mean},
@@ -174,11 +183,12 @@ def _train(config, run, selected, unet, scheduler, optimizer, lora, baseline):
         "perf/unet_evals": 2 * (seen + (pairs.log_probs.numel() if config.train.algorithm == "dpok" else 0)),
         "perf/pairs_per_s": round(seen / (time.perf_counter() - began), 3),
     }
+    return values, headroom
 
 
-def _changed(config, lora, before):
+def _changed(config, parameters, before):
     """The Euclidean length of the stage's change of the LoRA; UserError where it is 0, or not the same everywhere."""
-    after = torch.cat([parameter.detach().flatten() for parameter in lora.values()]).cpu()
+    after = torch.cat([parameter.detach().flatten() for parameter in parameters]).cpu()
     digests = distributed.gather(hashlib.sha256(after.numpy().tobytes()).hexdigest())
     if len(set(digests)) > 1:
         raise UserError(
@@ -203,19 +213,19 @@ def provenance(config):
     settings = {name: value for name, value in files.that_matter(files.flat(config)).items() if name != "exp_name"}
     return {
         "base_model": config.pretrained.model,
-        "base_revision": config.pretrained.revision,
+        "base_revision": models.revision(config),
         "stage": str(config.stage),
         "interval": f"{start}:{stop} of {config.sample.num_steps}",
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     }
 
 
-def build_optimizer(config, lora):
+def build_optimizer(config, parameters):
     """AdamW over the LoRA parameters, {name: float32 parameter}; a linear learning rate falls stage by stage to 0."""
     train = config.train
     left = 1 - config.stage / config.schedule.stage_count if train.lr_schedule == "linear" else 1.0
     return torch.optim.AdamW(
-        lora.values(),
+        parameters.values(),
         lr=train.learning_rate * left,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
@@ -223,8 +233,9 @@ def build_optimizer(config, lora):
     )
 
 
-def save_checkpoint(config, unet, optimizer, lora, folder):
-    """The LoRA in diffusers' form with what made it as metadata, and AdamW's state in optimizer.safetensors."""
+def save_checkpoint(config, unet, optimizer, headroom, folder):
+    """The LoRA in diffusers' form with what made it as metadata; AdamW's state and the loss scale's headroom."""
     folder.mkdir()
-    models.save_lora(unet, folder, provenance(config))
-    files.write_tensors(folder / "optimizer.safetensors", adam.state_of(optimizer, lora))
+    lora.save(unet, folder, provenance(config))
+    state = adam.state_of(optimizer, lora.parameters(unet)) | {HEADROOM: torch.tensor(headroom)}
+    files.write_tensors(folder / "optimizer.safetensors", state)

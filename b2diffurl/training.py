@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from . import distributed
-from .ddim import gaussian_log_prob, transition
+from .ddim import gaussian_log_prob, prediction_gain, transition
 from .guidance import guided_noise
 from .losses import ddpo_is, ddpo_sf, dpo, dpok, gaussian_kl
 
@@ -38,18 +38,39 @@ def split_updates(order, trajectories_per_update):
     return [chunk for chunk in torch.tensor_split(order, count) if len(chunk)] if count else []
 
 
-def plan_updates(config, count):
-    """(epochs, samples, samples an update) of a stage with `count` selected trajectories.
+def update_size(config, count):
+    """(samples, most samples an update) of a stage with `count` selected trajectories.
 
-    A sample is a trajectory; for dpo it is a winner with its loser, two trajectories. ddpo_sf makes one update in all:
-    after it the samples are no longer the policy's own.
+    A sample is a trajectory; for dpo it is a winner with its loser, two trajectories.
     """
-    train = config.train
-    if train.algorithm == "ddpo_sf":
-        return 1, count, max(1, count)
-    if train.algorithm == "dpo":
-        return train.num_epochs, count // 2, max(1, train.trajectories_per_update // 2)
-    return train.num_epochs, count, train.trajectories_per_update
+    per_update = config.train.trajectories_per_update
+    return (count // 2, max(1, per_update // 2)) if config.train.algorithm == "dpo" else (count, per_update)
+
+
+def count_updates(config, count):
+    """{config.train.accumulate_over: how many updates the stage has under it}."""
+    samples, per_update = update_size(config, count)
+    epochs = config.train.num_epochs
+    if config.train.algorithm == "ddpo_sf":
+        return {"epoch": 1, "stage": 1}
+    return {"epoch": epochs * -(-samples // per_update), "stage": epochs * samples // per_update}
+
+
+def plan_updates(config, count, generator):
+    """The stage's updates, in order: [indices of the samples whose mean gradient makes an update].
+
+    config.train.accumulate_over: "epoch" cuts every shuffled epoch by itself, with split_updates. "stage" is the
+    authors' accumulation: always trajectories_per_update samples, which runs on from epoch to epoch, and what is left
+    at the stage's end is dropped; so a stage with few samples can have no update at all. ddpo_sf makes one update of
+    everything, once: after it the samples are no longer the policy's own.
+    """
+    samples, per_update = update_size(config, count)
+    if config.train.algorithm == "ddpo_sf":
+        return [torch.arange(samples)]
+    orders = [torch.randperm(samples, generator=generator) for _ in range(config.train.num_epochs)]
+    if config.train.accumulate_over == "epoch":
+        return [chosen for order in orders for chosen in split_updates(order, per_update)]
+    return [chosen for chosen in torch.cat(orders).split(per_update) if len(chosen) == per_update]
 
 
 def step_distribution(unet, scheduler, pairs, rows, steps, config):
@@ -98,21 +119,65 @@ def pair_loss(unet, scheduler, pairs, rows, steps, config):
 
 
 class PolicyMismatch(ValueError):
-    """The policy that is about to be trained is not the one that sampled."""
+    """The first pass over a stage's samples does not find the densities that sampling stored."""
 
 
-def ratio_tolerance(config):
-    """How far rounding may take a first-pass ratio from 1: measured errors are 20 to 2000 times smaller."""
-    if config.mixed_precision != "no":
-        return 0.05
-    return 1e-3 if config.train.log_prob == "mean" else 0.1
+MOST_CLIPPED = 0.05  # of a first update's transitions: so many gradients may rounding alone take away
+ROUNDING = {  # the most that kernels, batch sizes and devices may move a guided prediction, in its standard deviations
+    "no": 1e-4,
+    "tf32": 0.05,
+    "fp16": 0.1,
+    "bf16": 0.5,
+}  # about 7 times (no: 14) what another order of every layer's sums does at the worst step (docs/precision.md)
 
 
-def check_ratios(ratios, config):
-    """Raise PolicyMismatch unless every first-pass ratio (pairs,) is 1 within ratio_tolerance."""
-    worst = (ratios - 1).abs().max().item()
-    if not worst <= ratio_tolerance(config):
-        raise PolicyMismatch(f"a first-pass ratio is off 1 by {worst:.3g}, more than {ratio_tolerance(config)}")
+def precision_of(config):
+    """The key of ROUNDING: config.mixed_precision, or "tf32" where float32 products are made of it."""
+    tf32 = config.mixed_precision == "no" and config.allow_tf32 and torch.cuda.is_available()
+    return "tf32" if tf32 else config.mixed_precision
+
+
+def prediction_error(log_ratios, gain, dimensions):
+    """How far, in its standard deviations, the prediction is off the one that sampled: a scalar, float64.
+
+    log_ratios: of transitions of one step, averaged over the latent's D dimensions. A prediction that is off by r at
+    random shifts the mean by g r standard deviations σ, g being ddim.prediction_gain; so a log-ratio is Gaussian with
+    mean -(g r)²/2 and variance (g r)²/D, and its second moment gives r, whatever the step and the size of the latent.
+    """
+    moment = log_ratios.double().square().mean()
+    shift = 2 * ((dimensions**-2 + moment).sqrt() - 1 / dimensions)
+    return (shift.sqrt() / gain).item()
+
+
+def check_first_pass(statistics, steps, timesteps, gains, dimensions, config):
+    """Raise PolicyMismatch if the first update's densities are not those that were stored, or are no use to it.
+
+    -> the largest prediction error of a step. statistics: of accumulate, before any update, of transitions (pairs,) at
+    the step indices `steps`; timesteps and gains (s,). Judged by step, over all its transitions, since a single one's
+    ratio says little: the prediction may be off by rounding alone, and its clip may take away few gradients by that.
+    """
+    scale = dimensions if config.train.log_prob == "sum" else 1
+    log_ratios, precision = statistics["ratio"].double().log() / scale, precision_of(config)
+    errors = {
+        int(k): prediction_error(log_ratios[steps == k], gains[int(k)].item(), dimensions) for k in steps.unique()
+    }
+    worst = max(errors, key=errors.get)
+    if not errors[worst] <= ROUNDING[precision]:
+        raise PolicyMismatch(
+            f"at t={int(timesteps[worst])} the prediction is off the one that sampled by {errors[worst]:.2g} standard "
+            f"deviations, where rounding explains {ROUNDING[precision]:g}: the samples are not this policy's. Delete "
+            "the stage's folder and run all its steps again, in one precision and on one kind of device"
+        )
+    clipped = statistics["clipped"]
+    if clipped.mean() > MOST_CLIPPED:
+        by_step = {int(k): clipped[steps == k].mean().item() for k in steps.unique()}
+        most = max(by_step, key=by_step.get)
+        raise PolicyMismatch(
+            f"rounding alone takes {clipped.mean():.0%} of the first update's ratios beyond "
+            f"config.train.clip_range={config.train.clip_range:g}, {by_step[most]:.0%} at t={int(timesteps[most])}. "
+            "Give a larger one, or config.mixed_precision=no with config.allow_tf32=False"
+        )
+    return max(errors.values())
 
 
 def loss_scale(unet, pairs, count, config):
@@ -130,8 +195,9 @@ def accumulate(unet, scheduler, pairs, chosen, config, generator, scale=1.0):
 
     The pairs are shuffled over samples and steps, shared among the processes and cut into UNet batches; each batch's
     sum is divided by the number of pairs in the whole update and the processes' gradients are added, so that the
-    gradient is that of a one-by-one loop, whatever config.train.batch_size and the number of processes.
-    scale: of the backward pass, taken out of the gradients at its end. Statistics: {name: (pairs,)}.
+    gradient is that of a one-by-one loop, whatever config.train.batch_size and the number of processes, but for
+    rounding. scale: of the backward pass, taken out of the gradients at its end. Statistics: {name: (pairs,)}, their
+    "step" among them.
     """
     length = len(pairs.timesteps)
     order = torch.randperm(len(chosen) * length, generator=generator).to(pairs.latents.device)
@@ -142,7 +208,7 @@ def accumulate(unet, scheduler, pairs, chosen, config, generator, scale=1.0):
     for part in mine.split(per_call) if len(mine) else ():
         loss, statistics = pair_loss(unet, scheduler, pairs, chosen[part // length], part % length, config)
         (loss.sum() * (scale / len(order))).backward()
-        for name, value in {"loss": loss.detach(), **statistics}.items():
+        for name, value in {"loss": loss.detach(), "step": part % length, **statistics}.items():
             collected.setdefault(name, []).append(value)
     gradients = []
     for parameter in unet.parameters():
@@ -154,38 +220,38 @@ def accumulate(unet, scheduler, pairs, chosen, config, generator, scale=1.0):
     return {name: torch.cat([own[name] for own in found if own]) for name in next(filter(None, found))}
 
 
-def train_epochs(unet, scheduler, optimizer, parameters, pairs, config, generator, on_update):
-    """Run the stage's epochs over the pairs; on_update(statistics, gradient norm) after every optimiser step.
+def train_updates(unet, scheduler, optimizer, parameters, pairs, config, generator, on_update, headroom=1.0):
+    """Run the stage's updates over the pairs; on_update(statistics, gradient norm) after every optimiser step.
 
-    -> how many transitions went through the UNet, those of repeated and of refused updates included.
-    An update that overflows in float16 is repeated at a smaller loss scale. Raises FloatingPointError before any other
-    non-finite gradient reaches the weights. Where config.train.target_kl is above 0, the stage ends before the first
-    update that finds the mean approx_kl above it; the first update, which only rounding keeps from 0, is always made.
-    Raises PolicyMismatch before the first update where its ratios are not 1 within ratio_tolerance(config).
+    -> how many transitions went through the UNet, those of repeated and of refused updates included, and the headroom
+    of the loss scale, for the next stage. An update that overflows in float16 is repeated with a sixteenth of it.
+    Raises FloatingPointError before any other non-finite gradient reaches the weights. Where config.train.target_kl is
+    above 0, the stage ends before the first update that finds the mean approx_kl above it; the first update, which only
+    rounding keeps from 0, is always made. Raises PolicyMismatch before the first update: see check_first_pass.
     """
-    headroom, made, seen = 1.0, 0, 0
-    epochs, samples, per_update = plan_updates(config, len(pairs.advantages))
-    for _ in range(epochs):
-        order = torch.randperm(samples, generator=generator)
-        for chosen in split_updates(order, per_update):
-            while True:
-                scale = max(1.0, headroom * loss_scale(unet, pairs, len(chosen) * len(pairs.timesteps), config))
-                statistics = accumulate(unet, scheduler, pairs, chosen, config, generator, scale)
-                seen += len(statistics["loss"]) * (2 if config.train.algorithm == "dpo" else 1)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
-                if torch.isfinite(norm):
-                    break
-                if scale == 1:
-                    raise FloatingPointError("the gradient is not finite")
-                headroom /= 16
-                optimizer.zero_grad()
-            if not made:
-                check_ratios(statistics["ratio"], config)
-            if made and 0 < config.train.target_kl < statistics["approx_kl"].mean():
-                optimizer.zero_grad()
-                return seen
-            optimizer.step()
+    seen, dimensions = 0, pairs.latents[0, 0].numel()
+    for made, chosen in enumerate(plan_updates(config, len(pairs.advantages), generator)):
+        while True:
+            scale = max(1.0, headroom * loss_scale(unet, pairs, len(chosen) * len(pairs.timesteps), config))
+            statistics = accumulate(unet, scheduler, pairs, chosen, config, generator, scale)
+            steps = statistics.pop("step")
+            seen += len(statistics["loss"]) * (2 if config.train.algorithm == "dpo" else 1)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+            if torch.isfinite(norm):
+                break
+            if scale == 1:
+                raise FloatingPointError("the gradient is not finite")
+            headroom /= 16
             optimizer.zero_grad()
-            made += 1
-            on_update(statistics, norm.item())
-    return seen
+        if not made:
+            gains = prediction_gain(scheduler, pairs.timesteps, config.sample.eta)
+            statistics["prediction_error"] = torch.tensor(
+                check_first_pass(statistics, steps, pairs.timesteps, gains, dimensions, config)
+            )
+        elif 0 < config.train.target_kl < statistics["approx_kl"].mean():
+            optimizer.zero_grad()
+            break
+        optimizer.step()
+        optimizer.zero_grad()
+        on_update(statistics, norm.item())
+    return seen, headroom

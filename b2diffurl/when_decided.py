@@ -13,7 +13,6 @@ from PIL import Image
 from . import files, models
 from .configuration import read_prompts, run_main
 from .noise import draw_prompts, stream_seed
-from .rewards import load_reward
 from .shapes.oracle import verdicts
 
 GUIDANCE = (2.0, 5.0)
@@ -21,19 +20,19 @@ GUIDANCE = (2.0, 5.0)
 
 def main(config, out, checkpoint):
     """Branch config.sample.groups groups at every second step, at two guidance scales, by the base model or a LoRA."""
-    models.prepare(config)
-    out = pathlib.Path(out)
+    loaded, out = models.Models(config), pathlib.Path(out)
     prompts = read_prompts(config.prompts.train)
     chosen = draw_prompts(config.evaluate.seed, "splits", len(prompts), config.sample.groups)
-    embeds = models.embed_prompts(config, [*prompts, ""])
-    vae, reward, rows = models.load_vae(config), load_reward(config, models.device()), []
+    embeds, rows = loaded.embed(prompts)[chosen].to(models.device()), []
     for config.sample.guidance_scale in GUIDANCE:
-        sampler = models.load_sampler(config, embeds[-1:], checkpoint or None)
+        sampler = loaded.sampler(checkpoint or None)
         for left in range(config.sample.num_steps, 0, -2):
-            images = branch(config, sampler, vae, embeds[chosen].to(models.device()), left)
+            images = branch(config, sampler, loaded.vae, embeds, left)
             own = [prompts[index] for index in chosen for _ in range(config.sample.branches)]
             rows.append({"guidance": config.sample.guidance_scale, "steps_left": left})
-            rows[-1]["reward"] = split_variance(reward.score(images, own)[0].reshape(config.sample.groups, -1), own)
+            with loaded.scoring() as reward:
+                scores = reward.score(images, own)[0].reshape(config.sample.groups, -1)
+            rows[-1]["reward"] = split_variance(scores, own)
             right = verdicts(images, own) if config.evaluate.oracle else None
             if right is not None:
                 rows[-1]["oracle"] = split_variance(right.reshape(config.sample.groups, -1), own)
@@ -53,7 +52,7 @@ def branch(config, sampler, vae, embeds, left):
     images = []
 
     def on_batch(first, latents):
-        images.extend(Image.fromarray(picture.numpy()) for picture in models.decode(vae, latents))
+        images.extend(Image.fromarray(picture.numpy()) for picture in models.decode(vae, latents).cpu())
 
     steps = config.sample.num_steps
     sampler.sample(embeds, roots, branches, (steps - left, steps), on_batch)

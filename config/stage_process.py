@@ -23,19 +23,20 @@ def sdv1_4():
     config.seed = 300  # of the run; every image's noise follows from (seed, stage, group, branch) [seed = 300 + stage]
     config.stage = 0  # which stage a script works on; run_process.sh counts it up [run_name, "stage0"]
     config.method = "b2"  # b2 | ddpo_bpt (no branches) | ddpo_bs (constant interval) | ddpo (neither)
-    config.mixed_precision = "fp16"  # of the frozen models: fp16 | bf16 | no; LoRA and log-probs are float32
-    config.allow_tf32 = True  # on a GPU, of what is float32 (VAE, reward; all with "no"): faster, 10 bits of mantissa
-    config.one_process = False  # run_process.sh: True runs all steps in one warm process, False each in its own
+    config.mixed_precision = "fp16"  # fp16 | bf16 | no, of the frozen models; LoRA, log-probs, rewards are float32, the
+    # VAE is bf16 under fp16, which it overflows
+    config.allow_tf32 = True  # on a GPU, where mixed_precision is "no": faster, 10 bits of mantissa; rewards never
+    config.one_process = True  # run_process.sh: all steps in one warm process a GPU; False: each step in its own
     config.log_with = ""  # "wandb" also sends every metrics line there; "" does not
 
     config.keep = ml_collections.ConfigDict()  # of how many stages, the latest ones, these stay on disk; 0: of all
-    config.keep.images = 0  # images/; 0.5 GB a stage here
-    config.keep.trajectories = 2  # samples.safetensors; 2 GB a stage here
+    config.keep.images = 10  # images/; 0.5 to 0.7 GB a stage here
+    config.keep.trajectories = 2  # samples.safetensors; 0.6 to 0.8 GiB a stage here under fp16, twice that otherwise
     config.keep.optimiser = 2  # checkpoint_0 and AdamW's state; the LoRA after a stage always stays
 
     config.pretrained = ml_collections.ConfigDict()
     config.pretrained.model = "CompVis/stable-diffusion-v1-4"  # a hub id or a local pipeline folder
-    config.pretrained.revision = "main"  # of the hub id
+    config.pretrained.revision = ""  # of the hub id; "": the commit of SD v1.4 that models.py names, main of others
 
     config.prompts = ml_collections.ConfigDict()
     config.prompts.train = "prompts/template1_train.json"  # JSON array of strings [prompt_file]
@@ -95,7 +96,9 @@ def sdv1_4():
     config.train.max_grad_norm = 1.0  # bound on the gradient's norm, an update
     config.train.batch_size = 8  # (sample, step) pairs a UNet call; changes speed and memory, not results [one step]
     config.train.gradient_checkpointing = False  # recompute activations: a fraction of the memory, a third more time
-    config.train.trajectories_per_update = 128  # at most, evenly cut: samples, with all their steps, an update [2 x 64]
+    config.train.trajectories_per_update = 128  # samples, with all their steps, an update [2 x 64]
+    config.train.accumulate_over = "stage"  # stage: exactly that many over the stage's epochs, the rest is dropped (the
+    # authors') | epoch: at most that many, every epoch cut evenly: nothing is dropped, 1.4 times as many updates here
     config.train.num_epochs = 2  # passes over the selected samples, a stage
     config.train.clip_range = 0.1  # ε of the probability ratio [train.eps]
     config.train.adv_clip = 5.0  # bound on the normalised reward [train.adv_clip_max]
@@ -116,11 +119,11 @@ def shapes():
     """The embedded world on a laptop: schedule, guidance, branches and thresholds are the paper's, sizes are not."""
     config = sdv1_4().unlock()
     config.exp_name = "shapes_b2"
-    config.one_process = True  # starting Python three times takes as long as a stage here
+    config.keep.images = 0
     config.keep.trajectories = 0
     config.keep.optimiser = 0
     config.mixed_precision = "no"  # convolutions this small are slower in bf16 on a CPU
-    config.allow_tf32 = False  # summed log-probabilities show its rounding
+    config.allow_tf32 = False  # log_prob=sum shows its rounding
     config.pretrained.model = "model/shapes/pipeline"
     config.prompts.train = "prompts/shapes_attribute_train.json"
     config.prompts.test = "prompts/shapes_attribute_test.json"
@@ -133,6 +136,7 @@ def shapes():
     config.train.learning_rate = 4e-3  # 40x: about 60 updates in the whole run, the paper's has a few thousand
     config.train.batch_size = 128
     config.train.trajectories_per_update = 32  # a stage keeps about 65 samples: 3 updates an epoch
+    config.train.accumulate_over = "epoch"
     config.train.log_prob = "sum"  # the brake that the larger rate needs: the joint density's ratio,
     config.train.clip_range = 0.2  # with PPO's clip; 0.1 of the mean is no brake (README, Brakes)
     config.evaluate.images_per_prompt = 24

@@ -4,6 +4,7 @@ images are N PIL images, prompts N strings. config.reward.name is one of configu
 "package.module:function", or a weighted mix of them: "clip:1.0 + aesthetic:0.2".
 """
 
+import contextlib
 import importlib
 
 import torch
@@ -19,42 +20,66 @@ class Reward:
 
     def score(self, images, prompts):
         """The sum, float64 numpy (N,), and {name: the same} of its parts; UserError for a bad shape or score."""
-        found = {name: _checked(name, reward(images, prompts), prompts) for name, _, reward in self.parts}
+        with full_float32():
+            found = {name: _checked(name, reward(images, prompts), prompts) for name, _, reward in self.parts}
         return sum(weight * found[name] for name, weight, _ in self.parts), found
 
     def __call__(self, images, prompts):
         """N PIL images and their prompts -> (N,) float32."""
         return torch.from_numpy(self.score(images, prompts)[0]).float()
 
+    def move(self, device):
+        """Put the models of all parts there: what waits for the next stage need not fill the GPU."""
+        holders = [part for _, _, part in self.parts]
+        holders += [part.clip for part in holders if hasattr(part, "clip")]
+        for model in [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]:
+            if isinstance(model, torch.nn.Module):
+                model.to(device)
+
+
+@contextlib.contextmanager
+def full_float32():
+    """No TF32 meanwhile: within a group scores differ in the second decimal, and its 10 bits would show."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
+
 
 def load_reward(config, device):
-    """The Reward that config.reward.name names, each part loaded once, on the device, in the run's precision."""
+    """The Reward that config.reward.name names, each part loaded once, on the device, in float32 (LLaVA: the run's)."""
     return Reward([(name, weight, _load(name, config, device)) for name, weight in reward_parts(config.reward.name)])
 
 
 def _load(name, config, device):
     from ..models import DTYPES
 
-    reward, dtype = config.reward, DTYPES[config.mixed_precision]
+    reward = config.reward
     where = {"batch_size": reward.batch_size, "device": device}
     if name == "clip":
         return load_clip(config, device)
     if name == "bertscore":
         from .bertscore import BertScore
 
+        dtype = DTYPES[config.mixed_precision]
         return BertScore(reward.llava_model, reward.bert_model, reward.bert_layer, **where, dtype=dtype)
     if name == "aesthetic":
         from .aesthetic import Aesthetic
 
-        return Aesthetic(reward.aesthetic_model, reward.aesthetic_head, **where, dtype=dtype)
+        return Aesthetic(reward.aesthetic_model, reward.aesthetic_head, **where)
     if name == "pickscore":
         from .pickscore import PickScore
 
-        return PickScore(reward.pickscore_model, **where, dtype=dtype)
+        return PickScore(reward.pickscore_model, **where)
     if name == "hpsv2":
         from .hpsv2 import HpsV2
 
-        return HpsV2(reward.hpsv2_model, reward.hpsv2_weights, **where, precision=config.mixed_precision)
+        return HpsV2(reward.hpsv2_model, reward.hpsv2_weights, **where)
     if name.startswith("jpeg_"):
         from . import jpeg
 
@@ -76,7 +101,7 @@ def load_clip(config, device):
     from .clip import ClipReward
 
     reward = config.reward
-    return ClipReward(reward.model, reward.weights, reward.batch_size, device, config.mixed_precision)
+    return ClipReward(reward.model, reward.weights, reward.batch_size, device)
 
 
 def clip_of(reward, config, device):

@@ -14,9 +14,9 @@ class Aesthetic:
     head: a safetensors file with the published head's tensors, layers.<i>.weight and layers.<i>.bias.
     """
 
-    def __init__(self, model, head, batch_size, device, dtype):
+    def __init__(self, model, head, batch_size, device):
         self.layers = _read_head(head, device)
-        self.clip = HuggingFaceClip("aesthetic_model", model, batch_size, device, dtype)
+        self.clip = HuggingFaceClip("aesthetic_model", model, batch_size, device)
         wanted, given = self.layers[0][0].shape[1], self.clip.model.config.projection_dim
         if wanted != given:
             raise UserError(f"config.reward.aesthetic_head={head!r} takes {wanted} features, the model gives {given}")

@@ -6,8 +6,8 @@ from .hf_clip import HuggingFaceClip
 class PickScore:
     """reward(images, prompts) -> (N,) float32: the fine-tuned CLIP-H's cosine times its logit scale, as published."""
 
-    def __init__(self, model, batch_size, device, dtype):
-        self.clip = HuggingFaceClip("pickscore_model", model, batch_size, device, dtype)
+    def __init__(self, model, batch_size, device):
+        self.clip = HuggingFaceClip("pickscore_model", model, batch_size, device)
 
     def __call__(self, images, prompts):
         """PIL images and their prompts -> (N,) float32 on the CPU."""

@@ -1,0 +1,121 @@
+"""The LoRA of the denoiser: attached, loaded, merged for sampling, saved as stock diffusers reads it."""
+
+import os
+import pathlib
+
+import torch
+
+from . import files
+from .configuration import UserError
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention of the UNet
+
+
+def add(unet, config):
+    """Attach a fresh LoRA: down-projection N(0, 1/rank²), up-projection zero, scale 1.
+
+    -> {name: parameter}, float32 and trainable.
+    """
+    from peft import LoraConfig
+
+    torch.manual_seed(config.seed)
+    rank = config.train.lora_rank
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS))
+    return _trainable(unet)
+
+
+def load(unet, folder):
+    """Attach the LoRA of a checkpoint folder, or put its numbers into the attached one; -> {name: parameter}, float32.
+
+    Raises UserError for another model's.
+    """
+    stored = files.read_tensors(pathlib.Path(folder) / "pytorch_lora_weights.safetensors", "run_train.py")
+    try:
+        if not _layers(unet):
+            unet.load_lora_adapter(os.fspath(folder), prefix="unet", adapter_name="default", use_safetensors=True)
+            _trainable(unet)
+        lora = parameters(unet)
+        names = {f"unet.{name.replace('.default.', '.')}": parameter for name, parameter in lora.items()}
+        if foreign := names.keys() ^ stored.keys():  # diffusers passes over what it does not know
+            raise ValueError(f"{min(foreign)} is in one of them only")
+        for name, parameter in names.items():  # once more, since diffusers rounds what it loads to the UNet's precision
+            parameter.data.copy_(stored[name])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no LoRA of this model: {str(error).splitlines()[0]}") from None
+    return lora
+
+
+def parameters(unet):
+    """{name: parameter} of the attached LoRA."""
+    return {name: parameter for name, parameter in unet.named_parameters() if ".lora_" in name}
+
+
+def switch(unet, on):
+    """Run the UNet with its attached LoRA, trainable, or as the base model; nothing to do where none is attached."""
+    for layer in _layers(unet):
+        layer.enable_adapters(on)
+
+
+@torch.no_grad()
+def merge(unet):
+    """Add the attached LoRA into the weights, which saves its passes over the activations; unmerge takes it out."""
+    for layer in _layers(unet):
+        base = layer.get_base_layer()
+        layer.base_weight = base.weight.data
+        base.weight.data = base.weight.data + layer.get_delta_weight("default")
+    switch(unet, False)
+
+
+def unmerge(unet):
+    """The weights that merge found, bit for bit."""
+    for layer in _layers(unet):
+        if hasattr(layer, "base_weight"):
+            layer.get_base_layer().weight.data = layer.base_weight
+            del layer.base_weight
+
+
+class Projection(torch.nn.Linear):
+    """A LoRA matrix that is float32 and computes in its input's precision, as autocast would.
+
+    PEFT would compute it in float32 and so turn every input and output of a half-precision base into float32 too.
+    """
+
+    def forward(self, x):
+        """x (..., in) -> (..., out) in x's precision; the weight's gradient is float32."""
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def _layers(unet):
+    if not getattr(unet, "_hf_peft_config_loaded", False):
+        return []
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in unet.modules() if isinstance(module, LoraLayer)]
+
+
+def _trainable(unet):
+    """{name: parameter} of the LoRA that was just attached, made float32 and trainable."""
+    for layer in _layers(unet):
+        layer.cast_input_dtype_enabled = False
+        for matrices in (layer.lora_A, layer.lora_B):
+            for name, matrix in matrices.items():
+                matrices[name] = Projection(matrix.in_features, matrix.out_features, bias=False, device="meta")
+                matrices[name].weight = torch.nn.Parameter(matrix.weight.float())
+    return parameters(unet)
+
+
+def save(unet, folder, metadata=None):
+    """Write pytorch_lora_weights.safetensors, as StableDiffusionPipeline.load_lora_weights(folder) reads it.
+
+    metadata: {name: text} for the file's header, which loaders pass over.
+    """
+    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+    from peft.utils import get_peft_model_state_dict
+
+    StableDiffusionLoraLoaderMixin.save_lora_weights(
+        os.fspath(folder),
+        get_peft_model_state_dict(unet),
+        save_function=lambda weights, path: files.write_tensors(
+            pathlib.Path(path), weights, {"format": "pt", **(metadata or {})}
+        ),
+    )
