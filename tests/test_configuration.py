@@ -38,7 +38,8 @@ def test_paper_run_number_for_number(paper):
     assert train == {
         "algorithm": "ddpo_is", "log_prob": "mean", "target_kl": 0.0, "learning_rate": 1e-4, "lr_schedule": "constant",
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-4, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
-        "trajectories_per_update": 128, "num_epochs": 2, "clip_range": 0.1, "adv_clip": 5.0, "beta1": 1.0, "beta2": 1.0,
+        "trajectories_per_update": 128, "accumulate_over": "stage", "num_epochs": 2, "clip_range": 0.1,
+        "adv_clip": 5.0, "beta1": 1.0, "beta2": 1.0,
         "lora_rank": 4, "value_baseline": False,
     }  # fmt: skip
 
@@ -71,6 +72,7 @@ BAD = {
     "--config.method=ppo": "config.method='ppo'",
     "--config.mixed_precision=fp8": "config.mixed_precision='fp8'",
     "--config.train.algorithm=sft": "config.train.algorithm='sft'",
+    "--config.train.accumulate_over=run": "config.train.accumulate_over='run'",
     "--config.train.log_prob=median": "config.train.log_prob='median'",
     "--config.train.lr_schedule=cosine": "config.train.lr_schedule='cosine'",
     "--config.train.dpo_beta=0": "config.train.dpo_beta=0",
@@ -105,6 +107,8 @@ def test_summed_log_probabilities_need_full_precision():
     assert parse(PRESET)[0].train.log_prob == "sum"
     with pytest.raises(UserError, match=r"config\.train\.log_prob='sum'"):
         parse([*PRESET, "--config.mixed_precision=bf16"])
+    with pytest.raises(UserError, match=r"config\.train\.log_prob='sum'.*config\.allow_tf32=False"):
+        parse([*PRESET, "--config.allow_tf32=True"])
     parse([*PRESET, "--config.mixed_precision=bf16", "--config.train.log_prob=mean"])
 
 

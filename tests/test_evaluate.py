@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import pathlib
 import urllib.error
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 
 from b2diffurl import evaluate, models, quality
+from b2diffurl import lora as lora_module
 from b2diffurl.configuration import UserError, parse
 from b2diffurl.evaluate import bootstrap_interval, table
 from b2diffurl.quality import feature_distance
@@ -123,36 +123,39 @@ def test_missing_weights_of_a_measure_are_named_before_anything_is_sampled(monke
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    config = configure()
-    unet = models.load_unet(config)
-    lora = models.add_lora(unet, config)
+    unet, parameters = models.Models(configure()).trainable()
     torch.manual_seed(0)
-    for parameter in lora.values():
+    for parameter in parameters.values():
         parameter.data += 0.02 * torch.randn_like(parameter)
     (tmp_path / "lora").mkdir()
-    models.save_lora(unet, tmp_path / "lora")
+    lora_module.save(unet, tmp_path / "lora")
     return tmp_path / "lora"
 
 
-def test_evaluation_does_not_depend_on_the_batch_and_takes_a_list_of_ones_own(checkpoint, tmp_path, monkeypatch):
-    for name in ("config", "model", "prompts"):  # the log is written below the working directory
-        (tmp_path / name).symlink_to(pathlib.Path(name).resolve())
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.json").write_text('["a red circle", "a purple zebra", "a blue ring"]')
+def test_evaluation_depends_on_the_batch_by_rounding_alone_and_takes_a_list_of_ones_own(checkpoint, elsewhere):
+    (elsewhere / "mine.json").write_text('["a red circle", "a purple zebra", "a blue ring"]')
     reward = "--config.reward.name=jpeg_compressibility:0.5 + clip"
     stored = []
     for batch_size in ("1", "16"):
         steps = (f"--config.{setting}" for setting in ("sample.num_steps=4", "schedule.left=2", "schedule.right=4"))
         config = configure(reward, *steps)
         evaluate.main(config, str(checkpoint), f"out{batch_size}", "mine.json", "5", batch_size)
-        stored.append(json.loads((tmp_path / f"out{batch_size}/eval.json").read_text()))
-    assert stored[0] == stored[1]  # images_sha256 among them
-    before, after = stored[0]["results"]
+        stored.append(json.loads((elsewhere / f"out{batch_size}/eval.json").read_text()))
+    assert stored[0]["settings"] == stored[1]["settings"]
+    for one, other in zip(stored[0]["results"], stored[1]["results"], strict=True):
+        assert one.pop("images_sha256")
+        assert other.keys() - one.keys() == {"images_sha256"}
+        assert {name: other[name] for name in one} == {
+            name: pytest.approx(value, abs=0.01) if not isinstance(value, str) else value for name, value in one.items()
+        }
+    one, other = (np.asarray(Image.open(elsewhere / f"out{size}/before_after.png")).astype(int) for size in (1, 16))
+    assert np.abs(one - other).max() <= 3  # of 255
+    before, after = stored[1]["results"]
     assert before["images_sha256"] != after["images_sha256"]
     assert (before["model"], before["prompts"], before["images"]) == ("before", "mine", 15)
     assert before["reward"] == pytest.approx(0.5 * before["jpeg_compressibility"] + before["clip"])
     assert "oracle" not in before  # a zebra is not of its world
-    with Image.open(tmp_path / "out1/before_after.png") as sheet:
+    with Image.open(elsewhere / "out1/before_after.png") as sheet:
         assert sheet.height > 3 * 96
     for flags in (("mine.json", "0", ""), ("mine.json", "", "many")):
         with pytest.raises(UserError, match="must be a whole number of at least 1"):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from b2diffurl import models
+from b2diffurl import lora, models
 from b2diffurl.configuration import UserError, parse
 from b2diffurl.rewards import load_clip
 from b2diffurl.shapes.scene import SIZE
@@ -65,22 +65,22 @@ def test_more_steps_than_timesteps():
 
 def test_a_part_that_is_missing_is_named(with_scheduler):
     with pytest.raises(UserError, match="its unet does not load"):
-        models.load_unet(with_scheduler())
+        models.Models(with_scheduler()).unet  # noqa: B018
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_sampler_runs_the_trained_lora(tmp_path, precision):
     """In float32 the LoRA is merged into the weights, which may only round; in half precision it must not be."""
     config = configure(f"--config.mixed_precision={precision}", "--config.train.log_prob=mean")
-    trained = models.load_unet(config)
-    for parameter in models.add_lora(trained, config).values():
+    trained, parameters = models.Models(config).trainable()
+    for parameter in parameters.values():
         parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
-    models.save_lora(trained, tmp_path)
-    negative = models.embed_prompts(config, [""])
-    sampler = models.load_sampler(config, negative, tmp_path)
+    lora.save(trained, tmp_path)
+    loaded = models.Models(config)
+    negative, sampler = loaded.embed([""]), loaded.sampler(tmp_path)
     x, t = torch.randn(3, 4, 8, 8).to(trained.dtype), torch.tensor([951, 501, 1])
     with torch.no_grad():
-        base = models.load_unet(config)(x, t, negative.expand(3, -1, -1)).sample
+        base = models.Models(config).unet(x, t, negative.expand(3, -1, -1)).sample
         wanted = trained(x, t, negative.expand(3, -1, -1)).sample
         given = sampler.unet(x, t, negative.expand(3, -1, -1)).sample
     assert (wanted - base).abs().max() > 0.1
@@ -88,8 +88,50 @@ def test_the_sampler_runs_the_trained_lora(tmp_path, precision):
     torch.testing.assert_close(given, wanted, rtol=tolerance, atol=tolerance)
 
 
+def test_one_unet_serves_base_sampler_and_trainer_and_each_has_the_bits_of_its_own(tmp_path):
+    """Merging the LoRA for sampling leaves no rounding behind, however often the steps take turns."""
+    config = configure()
+    trained, parameters = models.Models(config).trainable()
+    for parameter in parameters.values():
+        parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    lora.save(trained, tmp_path)
+    roles = {
+        "base": lambda loaded: loaded.sampler().unet,
+        "sampler": lambda loaded: loaded.sampler(tmp_path).unet,
+        "trainer": lambda loaded: loaded.trainable(tmp_path)[0],
+    }
+    x, t, embeds = torch.randn(3, 4, 8, 8), torch.tensor([951, 501, 1]), torch.randn(3, 16, 64)
+    with torch.no_grad():
+        alone = {name: role(models.Models(config))(x, t, embeds).sample for name, role in roles.items()}
+        kept = models.Models(config)
+        for name in ("base", "sampler", "trainer", "sampler", "base", "trainer", "base", "sampler"):
+            unet = roles[name](kept)
+            assert torch.equal(unet(x, t, embeds).sample, alone[name])
+            assert unet is kept.unet
+            trainable = {parameter for parameter, own in unet.named_parameters() if own.requires_grad}
+            assert trainable == (set(parameters) if name == "trainer" else set())
+
+
+def test_an_embedding_depends_on_its_prompt_alone():
+    one, other = (models.Models(configure()) for _ in range(2))
+    prompts = ["a red circle", "", "a blue ring", "a red circle"]
+    together = one.embed(prompts)
+    assert torch.equal(together[0], together[3])
+    for prompt, embedding in zip(reversed(prompts), together.flip(0), strict=True):
+        assert torch.equal(other.embed([prompt])[0], embedding)
+
+
+def test_the_revision_is_a_commit_where_one_is_known():
+    config = parse(["test", "--config", "config/stage_process.py:sdv1.4"])[0]
+    assert len(models.revision(config)) == 40
+    config.pretrained.model = "somebody/else"
+    assert models.revision(config) == "main"
+    config.pretrained.revision = "v2"
+    assert models.revision(config) == "v2"
+
+
 def test_decoding_in_parts_is_decoding_at_once(monkeypatch):
-    vae = models.load_vae(configure())
+    vae = models.Models(configure()).vae
     latents = torch.randn(5, 4, 8, 8)
     whole = models.decode(vae, latents)
     assert whole.shape == (5, SIZE, SIZE, 3)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from b2diffurl.configuration import UserError, parse, reward_parts
-from b2diffurl.rewards import load_reward
+from b2diffurl.rewards import Reward, load_reward
 
 PROMPTS = ["a red circle", "a blue ring", "a red circle", "a long green cross above a cyan square", "a ring"]
 SAID = "image answer concisely what is going on in this blue square"
@@ -135,14 +135,37 @@ def test_hpsv2_is_openclip_with_the_given_weights_file(tmp_path, monkeypatch):
     assert reward(images(), PROMPTS).isfinite().all()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_moves_scores_a_little_and_returns_float32(precision, hf_clip):
+def test_scores_are_float32s_whatever_the_runs_precision(hf_clip):
     for flags in ([], ["--config.reward.name=pickscore", f"--config.reward.pickscore_model={hf_clip}"]):
         full = load(*flags)(images(), PROMPTS)
-        half = load(*flags, f"--config.mixed_precision={precision}", "--config.train.log_prob=mean")(images(), PROMPTS)
-        assert half.dtype == torch.float32
-        assert not torch.equal(half, full)
-        assert (half - full).abs().max() < 0.03 * max(1.0, full.abs().max().item())
+        half = load(*flags, "--config.mixed_precision=fp16", "--config.train.log_prob=mean")(images(), PROMPTS)
+        assert torch.equal(half, full)
+
+
+def test_rewards_never_compute_in_tf32_and_leave_the_setting_as_it_was():
+    seen, switches = [], (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+
+    def reward(images, prompts):
+        seen.append([switch.allow_tf32 for switch in switches])
+        return [0.0] * len(images)
+
+    for setting in ([True, True], [False, False], [True, False], before):
+        for switch, allowed in zip(switches, setting, strict=True):
+            switch.allow_tf32 = allowed
+        Reward([("own", 1.0, reward)]).score(images(), PROMPTS)
+        assert [switch.allow_tf32 for switch in switches] == setting
+    assert seen == [[False, False]] * 4
+
+
+def test_a_rewards_models_move_and_score_the_same(hf_clip):
+    reward = load("--config.reward.name=clip + pickscore", f"--config.reward.pickscore_model={hf_clip}")
+    before = reward(images(), PROMPTS)
+    reward.move("meta")
+    assert {p.device.type for _, _, part in reward.parts for p in getattr(part, "clip", part).model.parameters()} == {
+        "meta"
+    }
+    assert before.isfinite().all()
 
 
 @pytest.fixture(scope="module")

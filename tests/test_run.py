@@ -1,5 +1,6 @@
 """The whole loop on the shipped world at small size: files, metrics, kills, empty selections, stock loading."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -14,8 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from b2diffurl import models, sample, select, train, training
+from b2diffurl import lora, models, one_process, sample, select, train, training
 from b2diffurl.configuration import UserError, parse
+from b2diffurl.ddim import gaussian_log_prob, transition
+from b2diffurl.guidance import guided_noise
 
 SMALL = [
     "--config.sample.groups=3", "--config.sample.branches=3", "--config.schedule.stage_count=2",
@@ -54,21 +57,7 @@ def final_lora(folder, stage=1):
     )
 
 
-@pytest.fixture(autouse=True)
-def no_stray_logs(tmp_path, monkeypatch):
-    """Runs write log/ below the working directory: give each test one of its own, with the repository's files."""
-    for name in (
-        "config",
-        "model",
-        "prompts",
-        "b2diffurl",
-        "run_process.sh",
-        "run_sample.py",
-        "run_select.py",
-        "run_train.py",
-    ):
-        (tmp_path / name).symlink_to(pathlib.Path(name).resolve())
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +146,8 @@ def test_stock_diffusers_reads_the_lora(finished):
         base = pipeline.unet(x, t, e).sample
         pipeline.load_lora_weights(checkpoint)
         stock = pipeline.unet(x, t, e).sample
-        ours = models.load_unet(configure(folder))
-        models.load_lora(ours, checkpoint)
+        ours = models.Models(configure(folder)).unet
+        lora.load(ours, checkpoint)
         torch.testing.assert_close(ours(x, t, e).sample, stock)
     assert (stock - base).abs().max() > 1e-5
     with safe_open(checkpoint / "pytorch_lora_weights.safetensors", framework="pt") as stored:
@@ -178,6 +167,15 @@ def test_finished_work_is_recognised(finished):
     for step in (sample, select, train):
         step.main(configure(folder, "--config.stage=1"))
     assert len(metrics_of(folder)) == 6
+
+
+def test_the_driver_refuses_other_settings_even_for_a_finished_run(finished):
+    evaluated = (finished[0] / "t/eval.json").read_bytes()
+    done = drive(finished[0], ".", "--config.train.learning_rate=5e-4", "--config.sample.guidance_scale=2.0")
+    assert done.returncode == 1
+    assert "was started with other settings: config.sample.guidance_scale was 5.0, now 2.0" in done.stderr
+    assert "config.train.learning_rate was 0.004, now 0.0005; give a new config.exp_name" in done.stderr
+    assert (finished[0] / "t/eval.json").read_bytes() == evaluated
 
 
 def test_interrupted_anywhere_it_ends_the_same(finished, tmp_path):
@@ -220,16 +218,38 @@ def test_killed_and_started_again_it_goes_on(finished, tmp_path):
     assert all(torch.equal(again[k], wanted[k]) for k in wanted)
 
 
-def test_three_processes_a_stage_do_what_one_does(finished, tmp_path):
-    done = drive(tmp_path, ".", "--config.one_process=False")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.slow
+def test_killed_at_any_moment_and_started_again_it_ends_the_same(finished, tmp_path):
+    """kill -9 of the whole process group after 1, 2, 3, ... seconds, until the run gets to its end before."""
+    environment = {**os.environ, "PYTHON": sys.executable, "PRESET": "shapes"}
+    command, kills = ["bash", "run_process.sh", *arguments(tmp_path / "killed")[2:]], 0
+    for seconds in itertools.count(1):
+        running = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+        try:
+            assert running.wait(seconds) == 0
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+            kills += 1
+    assert kills > 3
+    for path in sorted((finished[0] / "t").rglob("*")):
+        if path.suffix in (".safetensors", ".png") and path.parent.name != "t":
+            assert (tmp_path / "killed/t" / path.relative_to(finished[0] / "t")).read_bytes() == path.read_bytes()
+
+
+def test_one_process_loads_every_part_once(finished, tmp_path, monkeypatch):
+    loads, original = [], models._load
+
+    def load(loader, config, part, **options):
+        loads.append(part)
+        return original(loader, config, part, **options)
+
+    monkeypatch.setattr(models, "_load", load)
+    one_process.main(configure(tmp_path))
+    assert sorted(loads) == ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
     wanted, again = final_lora(finished[0]), final_lora(tmp_path)
     assert all(torch.equal(again[k], wanted[k]) for k in wanted)
-    assert (tmp_path / "t/eval.json").exists()
-    for record in metrics_of(tmp_path):  # a script's time counts from the start of its process
-        assert 0 < record["perf/startup_s"] < record["time_s"]
-    steps = [line.partition(":")[0] for line in finished[1].splitlines() if line.startswith("stage ")]
-    assert [line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("stage ")] == steps
 
 
 def test_nothing_selected_is_a_valid_outcome(tmp_path, capsys):
@@ -306,10 +326,31 @@ def test_a_value_baseline_goes_through_the_stages(tmp_path, monkeypatch):
     assert all(r["train/value_loss"] > 0 for r in metrics_of(tmp_path) if r["step"] == "train")
 
 
-def test_half_precision_runs_on_the_cpu(tmp_path):
+@torch.no_grad()
+def log_probs_of(stored, loaded):
+    """The log-densities (N, s) of a stage's stored transitions under the base model."""
+    starts = stored["start_latents"].repeat_interleave(len(stored["latents"]) // len(stored["start_latents"]), 0)
+    embeds, found = stored["prompt_embeds"][stored["prompt_index"]], []
+    before, negative = starts, stored["negative_embeds"].expand(len(starts), -1, -1)
+    for k, t in enumerate(stored["timesteps"]):
+        t = t.expand(len(starts))
+        predicted = guided_noise(loaded.unet, before, t, embeds, negative, 5.0)
+        mean, sigma = transition(loaded.scheduler, predicted, t, before, 1.0)
+        before = stored["latents"][:, k]
+        found.append(gaussian_log_prob(before, mean, sigma))
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_runs_on_the_cpu(tmp_path, precision):
+    flags = [f"--config.mixed_precision={precision}", "--config.train.log_prob=mean"]
     for stage in (0, 1):
-        run_stage(tmp_path, stage, "--config.mixed_precision=bf16", "--config.train.log_prob=mean")
-    assert load_file(tmp_path / "t/stage0/samples.safetensors")["latents"].dtype == torch.float32
+        run_stage(tmp_path, stage, *flags)
+    stored = load_file(tmp_path / "t/stage0/samples.safetensors")
+    latents = torch.float16 if precision == "fp16" else torch.float32
+    assert (stored["latents"].dtype, stored["start_latents"].dtype) == (latents, latents)
+    again = log_probs_of(stored, models.Models(configure(tmp_path, *flags)))
+    torch.testing.assert_close(stored["log_probs"], again, rtol=0, atol=1e-5)  # of the latents as they are stored
     trained = final_lora(tmp_path, 0)
     assert {v.dtype for v in trained.values()} == {torch.float32}
     carried = load_file(tmp_path / "t/stage1/checkpoints/checkpoint_0/pytorch_lora_weights.safetensors")
@@ -365,17 +406,11 @@ def test_a_later_stage_whose_rewards_are_all_the_same_trains_on_nothing(tmp_path
 def test_diversity_compares_images_of_one_prompt_and_different_groups():
     vectors = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
 
-    class Clip:
-        def features(self, images):
-            return vectors[images]
-
-    own = ["a", "b", "a", "a", "b", "c"]  # of the groups; two branches each
-    prompts = [prompt for prompt in own for _ in range(2)]
-    images = [group for group in range(6) for _ in range(2)]
+    own = ["a", "b", "a", "a", "b", "c"]
     pairs = [1 - vectors[i] @ vectors[j] for i in range(6) for j in range(i) if own[i] == own[j]]
-    found = select.between_groups(Clip(), images, prompts, 2)
+    found = select.between_groups(vectors.numpy(), own)
     assert found == pytest.approx(torch.stack(pairs).mean().item())
-    assert select.between_groups(Clip(), [5, 5], ["c", "c"], 2) == 0
+    assert select.between_groups(vectors[:1].numpy(), ["c"]) == 0
 
 
 def test_parts_of_a_mix_are_logged_by_themselves(tmp_path):
@@ -464,25 +499,20 @@ found = [module for module in {modules!r} if module in sys.modules]
 assert not found, found
 print(*loads)
 """
+USES = {  # step -> (parts that it loads, modules that it must not import)
+    "sample": (["scheduler", "text_encoder", "tokenizer", "unet", "vae"], ["open_clip", "matplotlib", "wandb"]),
+    "select": ([], ["diffusers", "peft", "matplotlib"]),  # OpenCLIP itself imports timm, and timm wandb
+    "train": (["scheduler", "unet"], ["open_clip", "wandb", "b2diffurl.rewards.clip"]),
+}
 
 
-def test_each_step_loads_only_what_it_uses(tmp_path):
-    """The sampler loads no reward model, the selector no diffusion model, the trainer no VAE and no text encoder."""
-    forbidden = {
-        "sample": ["open_clip", "matplotlib", "wandb"],
-        "select": ["diffusers", "peft", "matplotlib"],  # OpenCLIP itself imports timm, and timm wandb
-        "train": ["open_clip", "wandb", "b2diffurl.rewards.clip"],
-    }
-    for step, modules in forbidden.items():
+def test_three_processes_a_stage_do_what_one_does_and_each_loads_only_what_it_uses(finished, tmp_path):
+    for step, (parts, modules) in USES.items():
         code = LOADED.format(arguments=arguments(tmp_path), modules=modules, step=step)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        parts = done.stdout.splitlines()[-1].split()
-        assert (
-            sorted(parts)
-            == {
-                "sample": ["scheduler", "text_encoder", "tokenizer", "unet", "vae"],
-                "select": [],
-                "train": ["scheduler", "unet"],
-            }[step]
-        )
+        assert sorted(done.stdout.splitlines()[-1].split()) == parts
+    wanted, again = final_lora(finished[0], 0), final_lora(tmp_path, 0)
+    assert all(torch.equal(again[k], wanted[k]) for k in wanted)
+    for record in metrics_of(tmp_path):  # a script's time counts from the start of its process
+        assert 0 < record["perf/startup_s"] < record["time_s"]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from b2diffurl import study, study_report
+from b2diffurl import models, study, study_report
 from b2diffurl.configuration import UserError, read_prompts
 from b2diffurl.shapes.scene import render, sample_scenes
 from b2diffurl.shapes.variety import open_entropy
@@ -217,7 +217,8 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small, monke
     shutil.rmtree(folder / "stage3")
     again = study.run(JOB, small, "quick")
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
-    base = study.measure(study.configure(JOB, small, "quick"), None)
+    config = study.configure(JOB, small, "quick")
+    base = study.measure(config, None, models.Models(config))
     other = [{**row, "method": "ddpo", "unet_evals": 2 * row["unet_evals"]} for row in rows]
     other[-1]["oracle_train"] = 0.25
     study_report.write(small, rows + other, base)
