@@ -76,7 +76,7 @@ def test_the_tolerance_is_a_few_times_what_another_order_of_summation_does(preci
     embeds = loaded.embed(["a red circle", "a blue ring", "a green cross", "a cyan square"] * 2)
     negative, generator = loaded.embed([""]).expand(8, -1, -1), torch.Generator().manual_seed(0)
     x = loaded.sampler().initial(torch.randn(8, 4, 8, 8, generator=generator))
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps[2::4]:  # 51 among them, where a mean moves most
         means = []
         for switch["on"] in (False, True):
             predicted = guided_noise(unet, x, t.expand(8), embeds, negative, 5.0)
