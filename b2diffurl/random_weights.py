@@ -1,13 +1,22 @@
 """Stable Diffusion v1.4 and an OpenCLIP reward with their published geometry and random weights: for measuring.
 
 Speed, memory and start-up do not depend on what the weights are, so nothing needs to be downloaded.
+`python -m b2diffurl.random_weights FOLDER no|fp16|bf16 ARCHITECTURE [GEOMETRY]` writes FOLDER/pipeline and FOLDER/clip.
 """
 
 import json
 import logging
 import math
+import pathlib
+import shutil
+import sys
 
 import torch
+
+from . import lora, models
+from .configuration import UserError
+
+PUBLISHED = "CompVis/stable-diffusion-v1-4"  # the model whose geometry this is
 
 TEXT = {
     "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -19,6 +28,7 @@ VAE = {
     "sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
+GEOMETRY = {"unet": UNET, "vae": VAE, "text": TEXT}
 SCHEDULER = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False,
     "steps_offset": 1, "clip_sample": False,
@@ -43,21 +53,32 @@ def _randomise(model, dtype):
     return model.requires_grad_(False).eval()
 
 
-def write_pipeline(folder, dtype, unet=UNET, vae=VAE, text=TEXT):
-    """Write a Stable Diffusion pipeline folder with random weights in dtype; the defaults are SD v1.4's geometry."""
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from open_clip import SimpleTokenizer
+def build(geometry=GEOMETRY):
+    """The networks of a pipeline on the meta device, without memory or values: {subfolder: model}."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel(**geometry["unet"]),
+            "vae": AutoencoderKL(**geometry["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**geometry["text"])),
+        }
+
+
+def parameter_count(model):
+    """How many numbers the model's weights are."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_pipeline(folder, dtype, geometry=GEOMETRY):
+    """Write a Stable Diffusion pipeline folder with random weights in dtype; by default of SD v1.4's geometry."""
+    from diffusers import DDIMScheduler
+    from open_clip import SimpleTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with torch.device("meta"):
-        parts = {
-            "unet": UNet2DConditionModel(**unet),
-            "vae": AutoencoderKL(**vae),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
-        }
-    for name, model in parts.items():
+    for name, model in build(geometry).items():
         _randomise(model, dtype).save_pretrained(folder / name)
     DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
     byte_pairs = SimpleTokenizer()  # CLIP's own, which OpenCLIP carries
@@ -67,7 +88,7 @@ def write_pipeline(folder, dtype, unet=UNET, vae=VAE, text=TEXT):
     (folder / "tokenizer/vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in byte_pairs.bpe_ranks)])
     (folder / "tokenizer/merges.txt").write_text(merges + "\n", encoding="utf-8")
-    settings = {"model_max_length": text["max_position_embeddings"], "pad_token": "<|endoftext|>"}
+    settings = {"model_max_length": geometry["text"]["max_position_embeddings"], "pad_token": "<|endoftext|>"}
     (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     index = {
         "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
@@ -78,15 +99,81 @@ def write_pipeline(folder, dtype, unet=UNET, vae=VAE, text=TEXT):
     (folder / "model_index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
+def build_clip(architecture):
+    """An OpenCLIP model on the meta device. Raises UserError for a name that OpenCLIP does not know."""
+    import open_clip
+
+    if architecture not in open_clip.list_models():
+        raise UserError(f"{architecture!r} is no OpenCLIP architecture (open_clip.list_models() has their names)")
+    logging.disable(logging.WARNING)  # that the weights are random
+    with torch.device("meta"):
+        model = open_clip.create_model(architecture, load_weights=False, device="meta")
+    logging.disable(logging.NOTSET)
+    return model
+
+
 def write_clip(folder, architecture):
     """Write an OpenCLIP folder (for "local-dir:<folder>") of a named architecture with random weights."""
     import open_clip
     from safetensors.torch import save_file
 
-    settings = open_clip.get_model_config(architecture)
-    logging.disable(logging.WARNING)  # that the weights are random
-    model = open_clip.create_model(architecture, load_weights=False, device="meta")
-    logging.disable(logging.NOTSET)
+    model = build_clip(architecture)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(_randomise(model, torch.float32).state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}), encoding="utf-8")
+    settings = {"model_cfg": open_clip.get_model_config(architecture)}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def write_lora(loaded, folder):
+    """Save a LoRA that does something, as a fresh one does not -> how many parameters the UNet has without it."""
+    unet, parameters = loaded.trainable()
+    for parameter in parameters.values():
+        torch.nn.init.normal_(parameter, std=0.05)
+    lora.save(unet, folder)
+    return sum(p.numel() for name, p in unet.named_parameters() if ".lora_" not in name)
+
+
+def provide(config, scratch, quick):
+    """Point config to random weights where its models are not on disk -> (none were needed, flags that do the same).
+
+    quick: not to the reward's.
+    """
+    on_disk, flags = pathlib.Path(config.pretrained.model).is_dir(), []
+    ready = on_disk and not config.reward.weights
+    if not on_disk and config.pretrained.model != PUBLISHED:
+        raise UserError(
+            f"config.pretrained.model={config.pretrained.model!r}: give a local pipeline folder; random weights are "
+            f"made for {PUBLISHED} alone"
+        )
+    if not on_disk:
+        write_pipeline(scratch / "pipeline", models.DTYPES[config.mixed_precision])
+        config.pretrained.model = str(scratch / "pipeline")
+        flags = [f"--config.pretrained.model={config.pretrained.model}"]
+    if not quick and config.reward.weights:
+        write_clip(scratch / "clip", config.reward.model)
+        config.reward.model, config.reward.weights = f"local-dir:{scratch / 'clip'}", ""
+        flags += [f"--config.reward.model={config.reward.model}", "--config.reward.weights="]
+    return ready, flags
+
+
+def write(folder, precision, architecture, geometry=GEOMETRY):
+    """Write pipeline/ in the precision, and clip/ of an OpenCLIP architecture in float32, into a folder.
+
+    Raises UserError where the disk has no room for them.
+    """
+    folder, dtype = pathlib.Path(folder), models.DTYPES[precision]
+    count = sum(parameter_count(model) for model in build(geometry).values())
+    wanted = dtype.itemsize * count + 4 * parameter_count(build_clip(architecture))
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < wanted + 5e8:
+        raise UserError(f"{folder}: {(wanted + 5e8) / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free")
+    write_pipeline(folder / "pipeline", dtype, geometry)
+    write_clip(folder / "clip", architecture)
+
+
+if __name__ == "__main__":
+    try:
+        write(*sys.argv[1:4], *map(json.loads, sys.argv[4:]))
+    except UserError as error:
+        sys.exit(f"random_weights.py: {error}")

@@ -122,6 +122,7 @@ class PolicyMismatch(ValueError):
     """The first pass over a stage's samples does not find the densities that sampling stored."""
 
 
+LOG_PROB_ROUNDING = 1e-6  # of a float32 log-probability a dimension, which is 1 to 4: four units in its last place
 MOST_CLIPPED = 0.05  # of a first update's transitions: so many gradients may rounding alone take away
 ROUNDING = {  # the most that kernels, batch sizes and devices may move a guided prediction, in its standard deviations
     "no": 1e-4,
@@ -143,8 +144,9 @@ def prediction_error(log_ratios, gain, dimensions):
     log_ratios: of transitions of one step, averaged over the latent's D dimensions. A prediction that is off by r at
     random shifts the mean by g r standard deviations σ, g being ddim.prediction_gain; so a log-ratio is Gaussian with
     mean -(g r)²/2 and variance (g r)²/D, and its second moment gives r, whatever the step and the size of the latent.
+    What rounding the stored log-probability leaves by itself is taken off: divided by g/√D it would pass for an r.
     """
-    moment = log_ratios.double().square().mean()
+    moment = (log_ratios.double().square().mean() - LOG_PROB_ROUNDING**2).clamp(min=0)
     shift = 2 * ((dimensions**-2 + moment).sqrt() - 1 / dimensions)
     return (shift.sqrt() / gain).item()
 

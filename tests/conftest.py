@@ -5,6 +5,7 @@ import pathlib
 import resource
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; for a GPU: bench --gpu-check
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait soon leave the core to other processes
 
 import pytest

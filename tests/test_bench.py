@@ -6,28 +6,56 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 
-from b2diffurl import bench, meter, models, random_weights
+from b2diffurl import bench, meter, models, random_weights, sample, select, train
 from b2diffurl.configuration import UserError, parse
 from b2diffurl.shapes import diffusion
 
-TINY_UNET = {
-    "sample_size": 8, "block_out_channels": (32, 64), "cross_attention_dim": 32, "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}  # fmt: skip
-TINY_VAE = {
-    "sample_size": 16, "block_out_channels": (32, 32), "layers_per_block": 1,
-    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
-}  # fmt: skip
-TINY_TEXT = {
-    **random_weights.TEXT, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-}  # fmt: skip
+CPU = ["-m", "b2diffurl.bench", "--preset", "shapes", "--device", "cpu", "--quick"]
 
 
 def configure(preset, *more):
     return parse(["test", "--config", f"config/stage_process.py:{preset}", *more])[0]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """The shapes world's Models, and a LoRA that does something."""
+    found, folder = models.Models(configure("shapes")), tmp_path_factory.mktemp("lora")
+    random_weights.write_lora(found, folder)
+    return found, folder
+
+
+def operations(model, work):
+    """What a call costs by the textbook: two a weight and position for linear and convolutional layers, and attention.
+
+    Attention of n queries to m keys with c channels: 2nmc for the products and 2nmc for the sum of the values.
+    """
+    from diffusers.models.attention_processor import Attention
+
+    total = 0
+
+    def add(layer, given, named, output):
+        nonlocal total
+        if isinstance(layer, torch.nn.Linear):
+            total += 2 * layer.in_features * output.numel()
+        elif isinstance(layer, torch.nn.Conv2d):
+            total += 2 * layer.weight[0].numel() * output.numel()
+        else:
+            queries, keys = given[0], named.get("encoder_hidden_states")
+            width = layer.to_q.in_features
+            n = queries.numel() // len(queries) // width
+            total += 4 * len(queries) * n * (n if keys is None else keys.shape[1]) * layer.to_q.out_features
+
+    kinds = torch.nn.Linear, torch.nn.Conv2d, Attention
+    hooks = [m.register_forward_hook(add, with_kwargs=True) for m in model.modules() if isinstance(m, kinds)]
+    with torch.no_grad():
+        work()
+    for hook in hooks:
+        hook.remove()
+    return total
 
 
 def test_operations_and_kept_bytes_are_the_textbooks():
@@ -39,6 +67,45 @@ def test_operations_and_kept_bytes_are_the_textbooks():
     assert meter.count(lambda: layer(x).sum().backward(), layer) == (forward_and_backward, x.nbytes)
 
 
+def test_an_images_operations_are_an_images(loaded):
+    """52.51 million a forward pass of the world's UNet, twice that a guided step, and the decoder once."""
+    found, folder = loaded
+    phase, latent, pictures = bench.measure_sampling(found, folder, 0.01)
+    unet, vae = found.sampler(folder).unet, found.vae
+    text = torch.randn(1, 16, 64)
+    forward = operations(unet, lambda: unet(latent[None], torch.tensor(1), text))
+    assert forward == 52_510_720
+    assert phase["flops_per_step"] == 2 * forward
+    decoding = operations(vae, lambda: models.decode(vae, latent[None]))
+    assert phase["flops_each"] == pytest.approx(17.4 * 2 * forward + decoding, rel=1e-12)
+    assert phase["flops_per_s"] == pytest.approx(phase["flops_each"] * phase["per_s"])
+    assert [picture.size for picture in pictures] == [(32, 32)] * min(4, phase["batch"])
+
+
+def test_operations_go_with_the_batch(loaded):
+    found, folder = loaded
+    scheduler, pair = meter.sample_pairs(found, folder, 1, 1)
+    unet, _ = found.trainable(folder)
+    forward = operations(unet, lambda: unet(pair.latents[:, 0], torch.tensor(1), pair.embeds))
+    assert forward > 52_510_720  # the LoRA is beside the weights
+    one, four = (meter.count(lambda n=n: bench.update(unet, scheduler, pair, n, found.config), unet)[0] for n in (1, 4))
+    assert four == 4 * one
+    assert 2 < one / (2 * forward) < 3  # with the backward pass, in which frozen weights have no gradient
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+def test_a_share_above_the_whole_is_an_error(monkeypatch):
+    monkeypatch.setattr(meter, "matmul_rate", lambda dtype, budget: {torch.bfloat16: 100.0, torch.float32: 10.0}[dtype])
+    config = configure("sdv1.4", "--config.mixed_precision=bf16")
+    phases = {"sampling": {"flops_per_s": 90.0}, "scoring": {"flops_per_s": 5.0}}
+    rates = bench.add_shares(config, phases, 1)
+    assert rates == {"matmul_flops_per_s": 100.0, "float32_matmul_flops_per_s": 10.0}
+    assert [phase["matmul_share"] for phase in phases.values()] == [0.9, 0.5]  # the reward computes in float32
+    phases["scoring"]["flops_per_s"] = 11.0
+    with pytest.raises(UserError, match="scoring came out at 110% of the rate of a matrix product"):
+        bench.add_shares(config, phases, 1)
+
+
 def test_a_call_fits_its_budget(monkeypatch):
     monkeypatch.setattr(meter, "_timed", lambda work: work())
     assert meter.fitting(100, lambda n: n / 10, 1000) == 100
@@ -46,30 +113,73 @@ def test_a_call_fits_its_budget(monkeypatch):
     assert meter.fitting(100, lambda n: n * 10, 1) == 1
 
 
+def test_the_largest_batch_is_the_last_that_fits():
+    def work(n):
+        if n > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+    assert meter.largest(64, work) == (4, "CUDA out of memory. Tried to allocate 2 GiB")
+    assert meter.largest(4, work) == (4, "")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        meter.largest(64, lambda n: work(6))
+
+
+def test_the_first_pass_by_step(loaded, monkeypatch):
+    """Rounding is far below what is allowed; a policy that is another one is far above it, at every step."""
+    found, folder = loaded
+    figures = meter.first_pass(found, folder, images=3, steps=4, batch=5)
+    assert [row["t"] for row in figures["by_step"]] == [751, 501, 251, 1]
+    assert all(row["prediction_error"] < figures["allowed"] for row in figures["by_step"])
+    assert all(row["ratio_error_of_sum"] < 256 * 4 * row["ratio_error"] + 1e-9 for row in figures["by_step"])
+
+    def changed(checkpoint):
+        unet, parameters = type(found).trainable(found, checkpoint)
+        for parameter in parameters.values():
+            parameter.data.mul_(1.1)
+        return unet, parameters
+
+    monkeypatch.setattr(found, "trainable", changed)
+    wrong = meter.first_pass(found, folder, images=3, steps=4, batch=5)
+    assert all(row["prediction_error"] > wrong["allowed"] for row in wrong["by_step"])
+    lines = meter.first_pass_lines(wrong)
+    assert lines[0].startswith("first pass: 3 images sampled together in 4 steps (a run has 20), read again 5 a call")
+    worst = max(wrong["by_step"], key=lambda row: row["prediction_error"])
+    assert lines[1].startswith(f"  t={worst['t']}: the prediction is off by ")
+    assert "with the preset's log_prob=sum" in lines[1]
+
+
+def test_the_first_pass_has_the_time_that_it_is_given():
+    config, sampling = configure("shapes"), {"batch": 32, "seconds_per_step": 0.5}
+    assert meter.affordable(config, sampling, 8, 1e6) == (32, 20, 8)
+    assert meter.affordable(config, sampling, 8, 60) == (3, 20, 8)
+    assert meter.affordable(config, sampling, 2, 10) == (2, 5, 1)
+    assert meter.affordable(config, sampling, 1, 0.1) == (2, 1, 1)
+
+
 def test_the_papers_run_costs_17_and_a_half_steps_an_image():
     """100 stages of 14..20 trained steps: a fifth of the prefix, and the interval."""
     config = configure("sdv1.4")
-    start, length = bench.mean_interval(config)
     lengths = [14 + i * 7 // 100 for i in range(100)]
     wanted = sum((20 - s) / 5 + s for s in lengths) / 100
-    assert start * bench.prefix_share(config) + length == pytest.approx(wanted)
+    assert bench.steps_per_image(config) == pytest.approx(wanted)
     assert wanted == pytest.approx(17.58, abs=0.005)
     config.method = "ddpo_bpt"
     assert bench.prefix_share(config) == 1
 
 
 def test_random_weights_load_like_real_ones(tmp_path):
-    random_weights.write_pipeline(tmp_path, torch.bfloat16, TINY_UNET, TINY_VAE, TINY_TEXT)
+    random_weights.write_pipeline(tmp_path, torch.float16, tiny.GEOMETRY)  # as the check of a GPU has them
     flags = ["--config.mixed_precision=bf16", "--config.train.log_prob=mean"]
     config = configure("shapes", f"--config.pretrained.model={tmp_path}", *flags)
-    embeds = models.embed_prompts(config, ["a cat riding a bike", "a dog", ""])
+    loaded = models.Models(config)
+    embeds = loaded.embed(["a cat riding a bike", "a dog", ""])
     assert embeds.shape == (3, 77, 32)
     assert (embeds[0] - embeds[1]).abs().max() > 0
-    sampler = models.load_sampler(config, embeds[-1:])
+    sampler = loaded.sampler()
     noise = torch.randn(2, 3, *sampler.latent_shape)
     path, log_probs = sampler.denoise(sampler.initial(noise[:, 0]), embeds[:2], noise[:, 1:], [0, 1])
     assert log_probs.isfinite().all()
-    pictures = models.decode(models.load_vae(config), path[:, -1])
+    pictures = models.decode(loaded.vae, path[:, -1])
     assert pictures.shape == (2, 16, 16, 3)
     assert pictures.float().std() > 1
 
@@ -78,7 +188,7 @@ def test_the_tokenizer_of_random_weights_is_clips(tmp_path):
     import open_clip
     from transformers import CLIPTokenizer
 
-    random_weights.write_pipeline(tmp_path, torch.bfloat16, TINY_UNET, TINY_VAE, TINY_TEXT)
+    random_weights.write_pipeline(tmp_path, torch.bfloat16, tiny.GEOMETRY)
     prompt = "a hedgehog playing chess, isn't it?"
     ours = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")(prompt).input_ids
     assert ours == open_clip.tokenize([prompt])[0, : len(ours)].tolist()
@@ -86,42 +196,60 @@ def test_the_tokenizer_of_random_weights_is_clips(tmp_path):
 
 
 def test_sd_geometry_is_the_published_one():
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    with torch.device("meta"):
-        sizes = [
-            sum(p.numel() for p in model.parameters())
-            for model in (
-                UNet2DConditionModel(**random_weights.UNET),
-                AutoencoderKL(**random_weights.VAE),
-                CLIPTextModel(CLIPTextConfig(**random_weights.TEXT)),
-            )
-        ]
+    sizes = [random_weights.parameter_count(model) for model in random_weights.build().values()]
     assert sizes == [859_520_964, 83_653_863, 123_060_480]  # of CompVis/stable-diffusion-v1-4
+
+
+def test_random_weights_without_room_or_architecture(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="'ViT-Q-9' is no OpenCLIP architecture"):
+        random_weights.write(tmp_path, "bf16", "ViT-Q-9", tiny.GEOMETRY)
+    monkeypatch.setattr(random_weights.shutil, "disk_usage", lambda path: type("", (), {"free": 3e9}))
+    with pytest.raises(UserError, match=r"8\.7 GB of disk are needed, 3\.0 GB are free"):
+        random_weights.write(tmp_path, "no", "ViT-H-14")
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_models_on_the_hub_are_refused(tmp_path):
     config = configure("sdv1.4", "--config.pretrained.model=stabilityai/stable-diffusion-2-1")
     with pytest.raises(UserError, match="give a local pipeline folder"):
-        bench.provide_weights(config, tmp_path, quick=True)
+        random_weights.provide(config, tmp_path, quick=True)
 
 
-def test_bench_as_a_user_runs_it(tmp_path):
-    command = [sys.executable, "-m", "b2diffurl.bench", "--preset", "shapes", "--device", "cpu", "--quick"]
-    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == (tmp_path / "bench.txt").read_text()
-    result = json.loads((tmp_path / "bench.json").read_text())
+def check_report(result):
     assert set(result["phases"]) == {"sampling", "training", "scoring"}
     for phase in result["phases"].values():
         assert phase["per_s"] > 0
-        assert phase["matmul_share"] > 0
-    assert result["unet_parameters"] == sum(p.numel() for p in diffusion.build_unet(64).parameters())
+        assert 0 < phase["matmul_share"] <= 1
+    assert result["unet_parameters"] == random_weights.parameter_count(diffusion.build_unet(64))
     assert all(seconds > 0 for seconds in result["startup_s"].values())
     assert set(result["startup_s"]) == {"sample", "select", "train"}
-    assert result["phases"]["training"]["first_ratio_error"] < 1e-3
+    assert all(row["prediction_error"] < 1e-4 for row in result["first_pass"]["by_step"])
     assert not pathlib.Path("log/bench_startup.log").exists()
+
+
+def test_a_report_of_the_shapes_world(elsewhere, monkeypatch, capsys):
+    """main as the command calls it, with little time, and the three scripts in this process."""
+
+    def script(command, **_):
+        step = {"run_sample.py": sample, "run_select.py": select, "run_train.py": train}[command[1]]
+        step.main(parse(command[1:])[0])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bench, "SECONDS", 0.2)
+    monkeypatch.setattr(meter, "matmul_rate", lambda dtype, budget: 1e15)
+    monkeypatch.setattr(bench.subprocess, "run", script)
+    flags = ["--config", "config/stage_process.py:shapes"]
+    bench.main(parse(["", *flags])[0], flags, str(elsewhere / "out"), quick=True)
+    assert capsys.readouterr().out.endswith((elsewhere / "out/bench.txt").read_text())
+    check_report(json.loads((elsewhere / "out/bench.json").read_text()))
+
+
+@pytest.mark.slow
+def test_bench_as_a_user_runs_it(tmp_path):
+    done = subprocess.run([sys.executable, *CPU, "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (tmp_path / "bench.txt").read_text()
+    check_report(json.loads((tmp_path / "bench.json").read_text()))
 
 
 def test_a_device_that_is_not_there_is_one_line():

@@ -280,6 +280,7 @@ def driven(folder, plan, **options):
     """What run_process.sh has a Python run that only says what it is asked, and answers the plan."""
     script(folder / "python", f'echo "asked: $*"\ncase "$*" in *b2diffurl.plan*) echo Loading; echo {plan};; esac')
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python")}
+    del environment["CUDA_VISIBLE_DEVICES"]
     environment |= {"PRESET": "sdv1.4", **options}
     done = subprocess.run(["bash", "run_process.sh", "--x=1"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
