@@ -76,25 +76,17 @@ class Models:
         return torch.stack([self._embeds[prompt] for prompt in prompts])
 
     def sampler(self, checkpoint=None):
-        """The denoising policy: the UNet, with a checkpoint folder's LoRA where one is given, and how config runs it.
-
-        On the CPU in float32 the LoRA is merged into the weights. In half precision, and under TF32, that would round
-        it away, and another policy would sample than the one that is trained.
-        """
+        """The denoising policy: the UNet, with a checkpoint folder's LoRA where one is given, run as config says."""
         unet, sample = self.unet, self.config.sample
-        lora.unmerge(unet)
         if checkpoint:
             lora.load(unet, checkpoint)
         lora.switch(unet, bool(checkpoint))
-        if checkpoint and unet.dtype == torch.float32 and unet.device.type == "cpu":
-            lora.merge(unet)
         negative = self.embed([""]).to(device())
         return Sampler(unet, self.scheduler, negative, sample.guidance_scale, sample.eta, sample.batch_size)
 
     def trainable(self, checkpoint=None):
         """The UNet with a checkpoint folder's LoRA or a fresh one, and {name: parameter} of it, float32."""
         unet = self.unet
-        lora.unmerge(unet)
         parameters = lora.load(unet, checkpoint) if checkpoint else lora.add(unet, self.config)
         lora.switch(unet, True)
         if self.config.train.gradient_checkpointing:
