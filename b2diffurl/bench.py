@@ -22,7 +22,7 @@ from PIL import Image
 
 from . import files, meter, metrics, models, random_weights
 from .configuration import METHODS, UserError, interval_of, read_prompts, run_main
-from .meter import count, fitting, seconds_a_call
+from .meter import count, count_each, fitting, seconds_a_call
 from .rewards import full_float32
 from .training import accumulate, loss_scale, precision_of
 
@@ -111,7 +111,7 @@ def measure_sampling(loaded, checkpoint, budget):
     config, phase, steps = loaded.config, {"unit": "images"}, steps_per_image(loaded.config)
     with meter.peak_memory(phase):
         sampler, vae = loaded.sampler(checkpoint), loaded.vae
-        before = sampler.initial(torch.randn(config.sample.batch_size, *sampler.latent_shape))
+        before = sampler.initial(torch.randn(max(2, config.sample.batch_size), *sampler.latent_shape))
         noise = torch.randn(len(before), 1, *sampler.latent_shape)
         own = loaded.embed([read_prompts(config.prompts.train)[0]]).to(before.device)
 
@@ -123,14 +123,14 @@ def measure_sampling(loaded, checkpoint, budget):
             latents = before[:n].repeat(2, 1, 1, 1).to(sampler.unet.dtype)
             sampler.unet(latents, sampler.scheduler.timesteps[0], own.expand(2 * n, -1, -1))
 
-        batch = fitting(len(before), walk, budget)
+        batch = fitting(config.sample.batch_size, walk, budget)
         guided = seconds_a_call(lambda: walk(batch), budget)
         alone = seconds_a_call(lambda: unet_alone(batch), budget / 3)
         latents = walk(batch)
         finish = seconds_a_call(lambda: models.decode(vae, latents), budget / 3)
         pictures = [Image.fromarray(picture.numpy()) for picture in models.decode(vae, latents[:4]).cpu()]
     seconds = (steps * guided + finish) / batch
-    step_flops, _ = count(lambda: walk(1), sampler.unet)
+    step_flops, _ = count_each(walk, sampler.unet)
     flops = steps * step_flops + count(lambda: models.decode(vae, latents[:1]), vae)[0]
     phase |= {"batch": batch, "per_s": 1 / seconds, "seconds_per_step": guided / batch, "flops_per_step": step_flops}
     phase |= {"flops_each": flops, "flops_per_s": flops / seconds}
@@ -146,7 +146,7 @@ def measure_training(loaded, checkpoint, budget):
         unet, _ = loaded.trainable(checkpoint)
         batch = fitting(config.train.batch_size, lambda n: update(unet, scheduler, pair, n, config), budget)
         seconds = seconds_a_call(lambda: update(unet, scheduler, pair, batch, config), budget) / batch
-    flops, kept = count(lambda: update(unet, scheduler, pair, 1, config), unet)
+    flops, kept = count_each(lambda n: update(unet, scheduler, pair, n, config), unet)
     phase |= {"batch": batch, "per_s": 1 / seconds, "flops_each": flops, "flops_per_s": flops / seconds}
     return phase | {"kept_bytes_per_pair": kept}
 

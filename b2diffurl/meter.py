@@ -130,6 +130,12 @@ def count(work, model):
     return counter.get_total_flops(), sum(sizes.values())
 
 
+def count_each(work, model):
+    """count() of one more image or pair in work(n): without what a call does once, as adding a LoRA to the weights."""
+    (one, kept_by_one), (two, kept_by_two) = (count(lambda n=n: work(n), model) for n in (1, 2))
+    return two - one, kept_by_two - kept_by_one
+
+
 @contextlib.contextmanager
 def peak_memory(phase):
     """Put the block's peak bytes into phase["peak_bytes"]: allocated on the GPU, or this process's resident ones.

@@ -71,7 +71,7 @@ def test_an_images_operations_are_an_images(loaded):
     """52.51 million a forward pass of the world's UNet, twice that a guided step, and the decoder once."""
     found, folder = loaded
     phase, latent, pictures = bench.measure_sampling(found, folder, 0.01)
-    unet, vae = found.sampler(folder).unet, found.vae
+    unet, vae = found.sampler().unet, found.vae
     text = torch.randn(1, 16, 64)
     forward = operations(unet, lambda: unet(latent[None], torch.tensor(1), text))
     assert forward == 52_510_720
@@ -86,11 +86,15 @@ def test_operations_go_with_the_batch(loaded):
     found, folder = loaded
     scheduler, pair = meter.sample_pairs(found, folder, 1, 1)
     unet, _ = found.trainable(folder)
-    forward = operations(unet, lambda: unet(pair.latents[:, 0], torch.tensor(1), pair.embeds))
-    assert forward > 52_510_720  # the LoRA is beside the weights
-    one, four = (meter.count(lambda n=n: bench.update(unet, scheduler, pair, n, found.config), unet)[0] for n in (1, 4))
-    assert four == 4 * one
-    assert 2 < one / (2 * forward) < 3  # with the backward pass, in which frozen weights have no gradient
+
+    def update(n):
+        bench.update(unet, scheduler, pair, n, found.config)
+
+    each, kept = meter.count_each(update, unet)
+    (two, kept_by_two), (four, kept_by_four) = (meter.count(lambda n=n: update(n), unet) for n in (2, 4))
+    assert (four - two, kept_by_four - kept_by_two) == (2 * each, 2 * kept)
+    assert four < 4 * meter.count(lambda: update(1), unet)[0]  # adding the LoRA to the weights is once a call
+    assert 2 < each / (2 * 52_510_720) < 3  # with the backward pass, in which frozen weights have no gradient
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
