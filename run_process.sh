@@ -19,14 +19,14 @@ fi
 prepare_environment requirements.txt
 
 config=(--config "config/stage_process.py:$PRESET" "$@")
-plan=$("$PYTHON" -m b2diffurl.plan "${config[@]}")
+plan=$("$PYTHON" -m b2diffurl.stages.preflight "${config[@]}")
 read -r stages processes folder <<<"$(tail -n 1 <<<"$plan")" # a user's reward may print when it is imported
 machine=${MACHINE_RANK:-$(sed -nE 's/.*--(machine|node)_rank[= ]+([0-9]+).*/\2/p' <<<"${LAUNCH:-}")}
 mkdir -p "$folder"
 if [ "${machine:-0}" = 0 ]; then # of several machines the first one locks and reports
   exec 9>>"$folder/.lock"
   export B2DIFFURL_LOCK=9 # the steps use this descriptor, so the lock is held from here to the end
-  "$PYTHON" -m b2diffurl.lock "$folder"
+  "$PYTHON" -m b2diffurl.run.lock "$folder"
 fi
 last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
 
@@ -45,7 +45,7 @@ elif [ "$gpus" -gt 1 ]; then
 fi
 
 if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process
-  "${launch[@]}" -m b2diffurl.one_process "${config[@]}"
+  "${launch[@]}" -m b2diffurl.stages.loop "${config[@]}"
 else
   for ((stage = 0; stage < stages; stage++)); do
     if [ -d "$folder/stage$stage/checkpoints" ]; then

@@ -8,10 +8,10 @@ import platform
 
 import torch
 
-from . import lora
-from .branch_sampling import Sampler
-from .configuration import UserError
-from .distributed import device
+from .errors import UserError
+from .families import lora
+from .rollout import Sampler
+from .run.processes import device
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMMITS = {  # a commit that is in the cache is loaded without a request, and cannot change during a run

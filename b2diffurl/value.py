@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from . import adam, files
+from . import adam
+from .run import storage
 
 WIDTH = 256
 FREQUENCIES = 16
@@ -73,11 +74,11 @@ class Baseline:
     def save(self, path):
         """The network and Adam's state, one safetensors file."""
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        files.write_tensors(path, tensors | adam.state_of(self.optimizer, dict(self.network.named_parameters())))
+        storage.write_tensors(path, tensors | adam.state_of(self.optimizer, dict(self.network.named_parameters())))
 
     def load(self, path):
         """Put back what save wrote. Raises UserError for a file that is missing or broken."""
-        stored = files.read_tensors(path, "run_train.py")
+        stored = storage.read_tensors(path, "run_train.py")
         self.network.load_state_dict({name: stored[f"network.{name}"] for name in self.network.state_dict()})
         adam.restore(self.optimizer, dict(self.network.named_parameters()), stored)
 

@@ -10,9 +10,11 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from . import files, models
-from .configuration import read_prompts, run_main
+from . import models
 from .noise import draw_prompts, stream_seed
+from .run import storage
+from .run.command import run_main
+from .run.config import read_prompts
 from .shapes.oracle import verdicts
 
 GUIDANCE = (2.0, 5.0)
@@ -38,7 +40,7 @@ def main(config, out, checkpoint):
                 rows[-1]["oracle"] = split_variance(right.reshape(config.sample.groups, -1), own)
             print(rows[-1], flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    files.write_json(
+    storage.write_json(
         out / "when_decided.json", {"groups": config.sample.groups, "checkpoint": checkpoint, "rows": rows}
     )
     draw(rows, out / "when_decided.png")

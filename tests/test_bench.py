@@ -9,9 +9,12 @@ import pytest
 import tiny
 import torch
 
-from b2diffurl import bench, meter, models, random_weights, sample, select, train
-from b2diffurl.configuration import UserError, parse
+from b2diffurl import models
+from b2diffurl.bench import meter, random_weights, rates
+from b2diffurl.errors import UserError
+from b2diffurl.run.command import parse
 from b2diffurl.shapes import diffusion
+from b2diffurl.stages import sample, select, train
 
 CPU = ["-m", "b2diffurl.bench", "--preset", "shapes", "--device", "cpu", "--quick"]
 
@@ -70,7 +73,7 @@ def test_operations_and_kept_bytes_are_the_textbooks():
 def test_an_images_operations_are_an_images(loaded):
     """52.51 million a forward pass of the world's UNet, twice that a guided step, and the decoder once."""
     found, folder = loaded
-    phase, latent, pictures = bench.measure_sampling(found, folder, 0.01)
+    phase, latent, pictures = rates.measure_sampling(found, folder, 0.01)
     unet, vae = found.sampler().unet, found.vae
     text = torch.randn(1, 16, 64)
     forward = operations(unet, lambda: unet(latent[None], torch.tensor(1), text))
@@ -88,7 +91,7 @@ def test_operations_go_with_the_batch(loaded):
     unet, _ = found.trainable(folder)
 
     def update(n):
-        bench.update(unet, scheduler, pair, n, found.config)
+        rates.update(unet, scheduler, pair, n, found.config)
 
     each, kept = meter.count_each(update, unet)
     (two, kept_by_two), (four, kept_by_four) = (meter.count(lambda n=n: update(n), unet) for n in (2, 4))
@@ -102,12 +105,12 @@ def test_a_share_above_the_whole_is_an_error(monkeypatch):
     monkeypatch.setattr(meter, "matmul_rate", lambda dtype, budget: {torch.bfloat16: 100.0, torch.float32: 10.0}[dtype])
     config = configure("sdv1.4", "--config.mixed_precision=bf16")
     phases = {"sampling": {"flops_per_s": 90.0}, "scoring": {"flops_per_s": 5.0}}
-    rates = bench.add_shares(config, phases, 1)
-    assert rates == {"matmul_flops_per_s": 100.0, "float32_matmul_flops_per_s": 10.0}
+    shares = rates.add_shares(config, phases, 1)
+    assert shares == {"matmul_flops_per_s": 100.0, "float32_matmul_flops_per_s": 10.0}
     assert [phase["matmul_share"] for phase in phases.values()] == [0.9, 0.5]  # the reward computes in float32
     phases["scoring"]["flops_per_s"] = 11.0
     with pytest.raises(UserError, match="scoring came out at 110% of the rate of a matrix product"):
-        bench.add_shares(config, phases, 1)
+        rates.add_shares(config, phases, 1)
 
 
 def test_a_call_fits_its_budget(monkeypatch):
@@ -165,10 +168,10 @@ def test_the_papers_run_costs_17_and_a_half_steps_an_image():
     config = configure("sdv1.4")
     lengths = [14 + i * 7 // 100 for i in range(100)]
     wanted = sum((20 - s) / 5 + s for s in lengths) / 100
-    assert bench.steps_per_image(config) == pytest.approx(wanted)
+    assert rates.steps_per_image(config) == pytest.approx(wanted)
     assert wanted == pytest.approx(17.58, abs=0.005)
     config.method = "ddpo_bpt"
-    assert bench.prefix_share(config) == 1
+    assert rates.prefix_share(config) == 1
 
 
 def test_random_weights_load_like_real_ones(tmp_path):
@@ -239,11 +242,11 @@ def test_a_report_of_the_shapes_world(elsewhere, monkeypatch, capsys):
         step.main(parse(command[1:])[0])
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(bench, "SECONDS", 0.2)
+    monkeypatch.setattr(rates, "SECONDS", 0.2)
     monkeypatch.setattr(meter, "matmul_rate", lambda dtype, budget: 1e15)
-    monkeypatch.setattr(bench.subprocess, "run", script)
+    monkeypatch.setattr(rates.subprocess, "run", script)
     flags = ["--config", "config/stage_process.py:shapes"]
-    bench.main(parse(["", *flags])[0], flags, str(elsewhere / "out"), quick=True)
+    rates.main(parse(["", *flags])[0], flags, str(elsewhere / "out"), quick=True)
     assert capsys.readouterr().out.endswith((elsewhere / "out/bench.txt").read_text())
     check_report(json.loads((elsewhere / "out/bench.json").read_text()))
 
@@ -259,4 +262,4 @@ def test_bench_as_a_user_runs_it(tmp_path):
 def test_a_device_that_is_not_there_is_one_line():
     done = subprocess.run([sys.executable, "-m", "b2diffurl.bench", "--device", "cuda"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["bench.py: --device cuda: PyTorch sees no CUDA device here"]
+    assert done.stderr.splitlines() == ["bench: --device cuda: PyTorch sees no CUDA device here"]

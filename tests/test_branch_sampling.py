@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from b2diffurl.ahead import ahead
-from b2diffurl.branch_sampling import Sampler
 from b2diffurl.ddim import ddim_step_with_logprob
 from b2diffurl.guidance import guided_noise
 from b2diffurl.noise import draw_prompts, stream_noise, stream_seed
+from b2diffurl.rollout import Sampler
 
 GROUPS, BRANCHES, STEPS, SHAPE = 3, 4, 20, (4, 8, 8)
 

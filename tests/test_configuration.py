@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from b2diffurl.configuration import UserError, interval_of, parse, read_prompts
+from b2diffurl.errors import UserError
+from b2diffurl.run.command import parse
+from b2diffurl.run.config import interval_of, read_prompts
 
 PRESET = ["run", "--config", "config/stage_process.py:shapes"]
 
@@ -141,7 +143,7 @@ def test_scripts_exit_with_one_line_and_load_nothing_heavy(script, arguments, tm
 
 def test_configuration_needs_no_torch():
     code = (
-        "import sys; from b2diffurl.configuration import parse; "
+        "import sys; from b2diffurl.run.command import parse; "
         f"parse({PRESET!r}); assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from b2diffurl import distributed, one_process
-from b2diffurl.configuration import UserError, parse
-from b2diffurl.metrics import read
+from b2diffurl.errors import UserError
+from b2diffurl.run import processes
+from b2diffurl.run.command import parse
+from b2diffurl.run.metrics import read
+from b2diffurl.stages import loop
 
 SMALL = (
     "sample.groups=3", "sample.branches=3", "schedule.stage_count=2", "schedule.left=3", "schedule.right=4",
@@ -36,24 +38,24 @@ def drive(folder, *settings, launch="torchrun --standalone --nproc_per_node 2", 
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 12])
-@pytest.mark.parametrize("processes", [1, 2, 3, 7])
-def test_parts_are_everything_once_and_even(monkeypatch, count, processes):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_parts_are_everything_once_and_even(monkeypatch, count, size):
+    monkeypatch.setenv("WORLD_SIZE", str(size))
     parts = []
-    for rank in range(processes):
+    for rank in range(size):
         monkeypatch.setenv("RANK", str(rank))
-        parts.append(list(range(count))[distributed.part(count)])
+        parts.append(list(range(count))[processes.part(count)])
     assert [*itertools.chain(*parts)] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_one_process_agrees_with_itself():
     tensor = torch.ones(2)
-    distributed.sum_([tensor])
+    processes.sum_([tensor])
     assert tensor.tolist() == [1, 1]
-    assert distributed.agree(lambda: 3) == distributed.gather(3) == [3]
+    assert processes.agree(lambda: 3) == processes.gather(3) == [3]
     with pytest.raises(UserError, match="mine"):
-        distributed.agree(lambda: (_ for _ in ()).throw(UserError("mine")))
+        processes.agree(lambda: (_ for _ in ()).throw(UserError("mine")))
 
 
 def test_two_processes_are_one(tmp_path):
@@ -67,7 +69,7 @@ def test_two_processes_are_one(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("stage 1 train:") == 1  # one process speaks for both
     flags = [f"--config.{setting}" for setting in (*SMALL, f"save_path={tmp_path / 'one'}", *settings)]
-    one_process.main(parse(["x", "--config", "config/stage_process.py:shapes", *flags])[0])
+    loop.main(parse(["x", "--config", "config/stage_process.py:shapes", *flags])[0])
     one, two = tmp_path / "one/t", tmp_path / "two/t"
     assert not list(two.glob("**/part*.safetensors"))
     for stage in ("stage0", "stage1"):
@@ -98,7 +100,7 @@ def test_two_processes_are_one(tmp_path):
 
 ORPHAN = """
 import subprocess, sys, time
-child = "import os, time; from b2diffurl import distributed; distributed.follow_parent();"
+child = "import os, time; from b2diffurl.run import processes; processes.follow_parent();"
 child += "print(os.getpid(), flush=True); time.sleep(60)"
 subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
 time.sleep(60)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from b2diffurl import evaluate, models, quality
-from b2diffurl import lora as lora_module
-from b2diffurl.configuration import UserError, parse
-from b2diffurl.evaluate import bootstrap_interval, table
-from b2diffurl.quality import feature_distance
+from b2diffurl import models
+from b2diffurl.errors import UserError
+from b2diffurl.evaluate import before_after, measures
+from b2diffurl.evaluate.before_after import bootstrap_interval, table
+from b2diffurl.evaluate.measures import feature_distance
+from b2diffurl.families import lora as lora_module
+from b2diffurl.run.command import parse
 
 
 def pictures(count, size=64):
@@ -77,8 +79,8 @@ def test_lpips_is_the_mean_over_the_pairs_of_a_prompt(monkeypatch):
     torch.manual_seed(0)
     random = alexnet()  # the real network; its weights cannot be downloaded here
     monkeypatch.setattr("torchvision.models.alexnet", lambda weights: random)
-    measured = quality.Quality(configure("--config.evaluate.lpips=True"), torch.device("cpu"))
-    monkeypatch.setattr(quality, "LPIPS_PAIRS", 4)
+    measured = measures.Quality(configure("--config.evaluate.lpips=True"), torch.device("cpu"))
+    monkeypatch.setattr(measures, "LPIPS_PAIRS", 4)
     images = pictures(6)
     found = measured(images, 3)["lpips"]
     alone = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)  # takes pixels in 0..1
@@ -102,12 +104,14 @@ def test_inception_score_is_the_exponential_of_the_mean_divergence():
             return x.float().mean((2, 3)) / 3
 
     images = pictures(40, 8)
-    mean, _ = quality.inception_score(InceptionScore(Logits(), splits=1), images)
+    mean, _ = measures.inception_score(InceptionScore(Logits(), splits=1), images)
     logits = np.stack([np.asarray(image).reshape(-1, 3).mean(0) / 3 for image in images])
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert mean == pytest.approx(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()), rel=1e-4)
     split = InceptionScore(Logits(), splits=10)
-    assert quality.inception_score(split, images) == quality.inception_score(split, images)  # whatever the global seed
+    assert measures.inception_score(split, images) == measures.inception_score(
+        split, images
+    )  # whatever the global seed
 
 
 def test_missing_weights_of_a_measure_are_named_before_anything_is_sampled(monkeypatch, tmp_path):
@@ -118,7 +122,7 @@ def test_missing_weights_of_a_measure_are_named_before_anything_is_sampled(monke
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for switch in ("lpips", "inception_score"):
         with pytest.raises(UserError, match=rf"put them into {tmp_path}.*--config\.evaluate\.{switch}=False"):
-            quality.Quality(configure(f"--config.evaluate.{switch}=True"), torch.device("cpu"))
+            measures.Quality(configure(f"--config.evaluate.{switch}=True"), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -139,7 +143,7 @@ def test_evaluation_depends_on_the_batch_by_rounding_alone_and_takes_a_list_of_o
     for batch_size in ("1", "16"):
         steps = (f"--config.{setting}" for setting in ("sample.num_steps=4", "schedule.left=2", "schedule.right=4"))
         config = configure(reward, *steps)
-        evaluate.main(config, str(checkpoint), f"out{batch_size}", "mine.json", "5", batch_size)
+        before_after.main(config, str(checkpoint), f"out{batch_size}", "mine.json", "5", batch_size)
         stored.append(json.loads((elsewhere / f"out{batch_size}/eval.json").read_text()))
     assert stored[0]["settings"] == stored[1]["settings"]
     for one, other in zip(stored[0]["results"], stored[1]["results"], strict=True):
@@ -159,4 +163,4 @@ def test_evaluation_depends_on_the_batch_by_rounding_alone_and_takes_a_list_of_o
         assert sheet.height > 3 * 96
     for flags in (("mine.json", "0", ""), ("mine.json", "", "many")):
         with pytest.raises(UserError, match="must be a whole number of at least 1"):
-            evaluate.main(config, str(checkpoint), "out", *flags)
+            before_after.main(config, str(checkpoint), "out", *flags)

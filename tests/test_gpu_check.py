@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from b2diffurl import bench, gpu_check, meter
-from b2diffurl.gpu_check import Report
+from b2diffurl.bench import __main__ as command
+from b2diffurl.bench import gpu_check, meter, rates
+from b2diffurl.bench.gpu_check import Report
 
 NO_GPU = "no CUDA device here: the same code at small size, on the CPU"
 
@@ -94,12 +95,12 @@ def test_what_a_gpu_alone_is_asked(tmp_path, monkeypatch, without_gpu):
     assert all(line.endswith(" allocated, 6.05 GiB of the device used: not under 6 GB") for line in lines)
     assert figures["with"]["device_bytes"] == 6.5e9
     phase = {"per_s": 2.0, "flops_per_s": 3e12, "batch": 8, "unit": "images", "peak_bytes": 2**30}
-    monkeypatch.setattr(bench, "measure_sampling", lambda *_: (dict(phase), None, []))
-    monkeypatch.setattr(bench, "measure_training", lambda *_: dict(phase))
-    monkeypatch.setattr(bench, "measure_scoring", lambda *_: dict(phase))
+    monkeypatch.setattr(rates, "measure_sampling", lambda *_: (dict(phase), None, []))
+    monkeypatch.setattr(rates, "measure_training", lambda *_: dict(phase))
+    monkeypatch.setattr(rates, "measure_scoring", lambda *_: dict(phase))
     monkeypatch.setattr(meter, "matmul_rate", lambda dtype, budget: 6e12)
     lines, figures = own.throughput()
-    assert lines[:2] == ["matmul 6 TFLOP/s", bench.HEAD]
+    assert lines[:2] == ["matmul 6 TFLOP/s", rates.HEAD]
     assert lines[2].split() == ["sampling", "8", "2", "images/s", "3.000", "50%", "-", "1024", "MiB"]
     assert figures["phases"]["scoring"]["matmul_share"] == 0.5
 
@@ -175,7 +176,7 @@ def test_the_check_needs_a_folder(capsys):
         ["--out", "x", "--config.seed=1"],
     ):
         with pytest.raises(SystemExit):
-            bench.run(["bench.py", "--gpu-check", *arguments])
+            command.run(["bench.py", "--gpu-check", *arguments])
         assert "--gpu-check takes --out DIR, and no preset or settings" in capsys.readouterr().err
 
 

@@ -3,7 +3,7 @@
 import ml_collections
 import pytest
 
-from b2diffurl import metrics
+from b2diffurl.run import metrics
 
 
 @pytest.fixture

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from b2diffurl import lora, models
-from b2diffurl.configuration import UserError, parse
+from b2diffurl import models
+from b2diffurl.errors import UserError
+from b2diffurl.families import lora
 from b2diffurl.rewards import load_clip
+from b2diffurl.run.command import parse
 from b2diffurl.shapes.scene import SIZE
 
 

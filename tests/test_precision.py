@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from b2diffurl import models, training
-from b2diffurl.configuration import parse
+from b2diffurl import models, update
 from b2diffurl.ddim import gaussian_log_prob, prediction_gain, transition
 from b2diffurl.guidance import guided_noise
 from b2diffurl.losses import ddpo_is
+from b2diffurl.run.command import parse
 
 
 def configure(*settings):
@@ -28,7 +28,7 @@ def test_log_ratios_give_the_predictions_error_back_at_any_step_and_size(schedul
             shifted = mean + sigma * gain * off * torch.randn(mean.shape, generator=generator, dtype=torch.float64)
             density = [torch.distributions.Normal(m, sigma.expand_as(m)) for m in (shifted, mean)]
             ratios = (density[0].log_prob(following) - density[1].log_prob(following)).mean((1, 2, 3))
-            assert training.prediction_error(ratios, gain.item(), dimensions) == pytest.approx(off, rel=0.3)
+            assert update.prediction_error(ratios, gain.item(), dimensions) == pytest.approx(off, rel=0.3)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -85,9 +85,9 @@ def test_the_tolerance_is_a_few_times_what_another_order_of_summation_does(preci
         following = (mean + sigma * torch.randn(mean.shape, generator=generator)).to(x.dtype)
         log_ratio = gaussian_log_prob(following, other, sigma) - gaussian_log_prob(following, mean, sigma)
         gain = prediction_gain(scheduler, t.view(1), 1.0).item()
-        errors.append(training.prediction_error(log_ratio, gain, x[0].numel()))
+        errors.append(update.prediction_error(log_ratio, gain, x[0].numel()))
         x = following
-    assert training.ROUNDING[precision] / 100 < max(errors) < training.ROUNDING[precision] / 2
+    assert update.ROUNDING[precision] / 100 < max(errors) < update.ROUNDING[precision] / 2
 
 
 def test_the_rounding_of_a_stored_log_probability_is_no_error_of_the_prediction():
@@ -95,8 +95,8 @@ def test_the_rounding_of_a_stored_log_probability_is_no_error_of_the_prediction(
     stored = -torch.rand(1000, generator=torch.Generator().manual_seed(0)) - 2
     rounded = torch.nextafter(stored, torch.zeros(())) - stored
     assert rounded.abs().min() > 0
-    assert training.prediction_error(3 * rounded, gain=0.8, dimensions=16384) == 0
-    assert training.prediction_error(3e-6 * torch.ones(9), gain=0.8, dimensions=16384) > 1e-4
+    assert update.prediction_error(3 * rounded, gain=0.8, dimensions=16384) == 0
+    assert update.prediction_error(3e-6 * torch.ones(9), gain=0.8, dimensions=16384) > 1e-4
 
 
 def statistics_of(log_ratios, clip_range):
@@ -110,7 +110,7 @@ def test_the_first_pass_is_judged_by_step_and_by_what_rounding_clips(scheduler):
     config = configure("train.clip_range=0.1")
 
     def check(log_ratios):
-        return training.check_first_pass(
+        return update.check_first_pass(
             statistics_of(log_ratios, config.train.clip_range), steps, timesteps, gains, 256, config
         )
 
@@ -118,10 +118,10 @@ def test_the_first_pass_is_judged_by_step_and_by_what_rounding_clips(scheduler):
     single = noise * 1e-7
     single[0] = 1e-5  # the worst transition says little: its step's others are right
     assert check(single) < 1e-4
-    with pytest.raises(training.PolicyMismatch, match=r"at t=1 the prediction is off .* Delete the stage's folder"):
+    with pytest.raises(update.PolicyMismatch, match=r"at t=1 the prediction is off .* Delete the stage's folder"):
         check(torch.where(steps == 1, -1e-3, 0.0))
     config = configure("mixed_precision=bf16", "train.clip_range=0.01")
-    with pytest.raises(training.PolicyMismatch, match=r"clip_range=0\.01, 98% at t=51\. Give a larger one"):
+    with pytest.raises(update.PolicyMismatch, match=r"clip_range=0\.01, 98% at t=51\. Give a larger one"):
         check(torch.where(steps == 0, -0.1 + 0.05 * noise.abs(), 1e-4 * noise))
     config.train.clip_range = 0.1  # the paper's: rounding that systematic does not pass it often
     assert 0.02 < check(torch.where(steps == 0, -0.1 + 0.05 * noise.abs(), 1e-4 * noise)) < 0.5
@@ -135,5 +135,5 @@ def test_log_prob_sum_is_judged_by_the_same_prediction(scheduler):
     for reduction, scale in (("mean", 1), ("sum", 256)):
         config = configure(f"train.log_prob={reduction}")
         statistics = statistics_of(log_ratios * scale, config.train.clip_range)
-        errors.append(training.check_first_pass(statistics, steps, timesteps, gains, 256, config))
+        errors.append(update.check_first_pass(statistics, steps, timesteps, gains, 256, config))
     assert errors[0] == pytest.approx(errors[1], rel=0.05)

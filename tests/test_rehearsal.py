@@ -10,8 +10,12 @@ import tiny
 import torch
 from PIL import Image
 
-from b2diffurl import evaluate, metrics, random_weights, rehearsal, sample, select, train
-from b2diffurl.configuration import UserError, parse
+from b2diffurl.bench import random_weights, rehearsal
+from b2diffurl.errors import UserError
+from b2diffurl.evaluate import before_after
+from b2diffurl.run import metrics
+from b2diffurl.run.command import parse
+from b2diffurl.stages import sample, select, train
 
 STEPS = ["weights", "sample", "select", "train", "evaluate"]
 
@@ -39,12 +43,12 @@ def check(folder, precision, resolution):
 def in_process(name, arguments, out):
     """What run_step starts, in this process: the same arguments to the same functions."""
     if name == "weights":
-        assert arguments[:2] == ["-m", "b2diffurl.random_weights"]
+        assert arguments[:2] == ["-m", "b2diffurl.bench.random_weights"]
         random_weights.write(*arguments[2:5], json.loads(arguments[5]))
     elif name == "evaluate":
         assert arguments[:2] == ["-m", "b2diffurl.evaluate"]
         config, given = parse(arguments[1:], {"checkpoint": None, "out": None})
-        evaluate.main(config, **given)
+        before_after.main(config, **given)
     else:
         assert pathlib.Path(arguments[0]) == rehearsal.ROOT / f"run_{name}.py"
         {"sample": sample, "select": select, "train": train}[name].main(parse(arguments)[0])
@@ -101,7 +105,7 @@ def test_the_precision_is_what_the_machine_computes_in(monkeypatch):
 
 @pytest.mark.slow
 def test_sd_at_full_resolution(tmp_path):
-    command = [sys.executable, "-m", "b2diffurl.rehearsal", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "b2diffurl.bench.rehearsal", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)

@@ -7,9 +7,13 @@ import shutil
 
 import pytest
 
-from b2diffurl import evaluate, files, report, sample, select, train
-from b2diffurl.configuration import UserError, parse
-from b2diffurl.metrics import read
+from b2diffurl.errors import UserError
+from b2diffurl.evaluate import before_after
+from b2diffurl.report import page
+from b2diffurl.run.command import parse
+from b2diffurl.run.folder import checkpoint, versions
+from b2diffurl.run.metrics import read
+from b2diffurl.stages import sample, select, train
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -29,7 +33,7 @@ def run(tmp_path_factory):
     config = parse(["x", "--config", "config/stage_process.py:shapes", *(f"--config.{s}" for s in settings)])[0]
     for step in (sample, select, train):
         step.main(config)
-    evaluate.main(config, str(files.checkpoint(folder / "t/stage0")), folder / "t")
+    before_after.main(config, str(checkpoint(folder / "t/stage0")), folder / "t")
     return folder / "t"
 
 
@@ -45,15 +49,15 @@ class Tags(html.parser.HTMLParser):
         self.text += data
 
 
-def page(folder):
-    report.main(folder)
+def written(folder):
+    page.main(folder)
     tags = Tags()
     tags.feed((folder / "report.html").read_text())
     return tags
 
 
 def test_a_prompt_is_text_and_nothing_leaves_the_page(run):
-    tags = page(run)
+    tags = written(run)
     assert EVIL in tags.text
     for tag, attributes in tags.seen:
         assert tag not in ("script", "iframe", "object", "embed")
@@ -64,9 +68,9 @@ def test_a_prompt_is_text_and_nothing_leaves_the_page(run):
 
 
 def test_what_the_page_shows_is_what_the_run_holds(run):
-    tags = page(run)
+    tags = written(run)
     scores = json.loads((run / "stage0/scores.json").read_text())["scores"]
-    shown = [row for row in scores if row["group"] < report.GROUPS]
+    shown = [row for row in scores if row["group"] < page.GROUPS]
     tiles = [
         attributes["class"].split() for tag, attributes in tags.seen if attributes.get("class", "").startswith("tile")
     ]
@@ -84,7 +88,7 @@ def test_what_the_page_shows_is_what_the_run_holds(run):
     assert "Oracle alignment" not in titles  # a prompt is not of the oracle's world
     assert "last finished: train of stage 0" in tags.text
     assert "1 of 2" in tags.text
-    for name, value in files.versions().items():
+    for name, value in versions().items():
         assert name in tags.text
         assert value in tags.text
     assert "train.clip_range" in tags.text
@@ -100,7 +104,7 @@ def test_without_branches_only_best_and_worst_are_marked(run, tmp_path):
     (folder / "stage0/scores.json").write_text(json.dumps(stored))
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**settings, "method": "ddpo"}))
-    tags = page(folder)
+    tags = written(folder)
     tiles = [attributes["class"].split()[1:] for _, attributes in tags.seen if "tile" in attributes.get("class", "")]
     assert tiles.count(["best"]) == tiles.count(["worst"]) == tiles.count([]) == 5
     assert "share the prompt alone" in tags.text
@@ -110,10 +114,10 @@ def test_a_run_that_has_just_begun(run, tmp_path):
     folder = tmp_path / "begun"
     (folder / "stage0").mkdir(parents=True)
     with pytest.raises(UserError, match="no run there"):
-        report.main(folder)
+        page.main(folder)
     first = next(line for line in read(run / "metrics.jsonl") if line["step"] == "sample")
     (folder / "metrics.jsonl").write_text(json.dumps(first) + "\n")
-    tags = page(folder)
+    tags = written(folder)
     assert "last finished: sample of stage 0" in tags.text
     assert "Before and after" not in tags.text
     assert [a["alt"] for tag, a in tags.seen if tag == "img"] == ["Interval", "Time"]
@@ -123,6 +127,6 @@ def test_pictures_that_were_deleted_leave_the_rest(run, tmp_path):
     folder = tmp_path / "t"
     shutil.copytree(run, folder)
     shutil.rmtree(folder / "stage0/images")
-    tags = page(folder)
+    tags = written(folder)
     assert "Branch groups" not in tags.text
     assert "Before and after" in tags.text

@@ -12,8 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from b2diffurl.configuration import UserError, parse, reward_parts
+from b2diffurl.errors import UserError
 from b2diffurl.rewards import Reward, load_reward
+from b2diffurl.run.command import parse
+from b2diffurl.run.config import reward_parts
 
 PROMPTS = ["a red circle", "a blue ring", "a red circle", "a long green cross above a cyan square", "a ring"]
 SAID = "image answer concisely what is going on in this blue square"

@@ -15,10 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from b2diffurl import lora, models, one_process, sample, select, train, training
-from b2diffurl.configuration import UserError, parse
+from b2diffurl import models, update
 from b2diffurl.ddim import gaussian_log_prob, transition
+from b2diffurl.errors import UserError
+from b2diffurl.families import lora
 from b2diffurl.guidance import guided_noise
+from b2diffurl.run.command import parse
+from b2diffurl.stages import loop, sample, select, train
 
 SMALL = [
     "--config.sample.groups=3", "--config.sample.branches=3", "--config.schedule.stage_count=2",
@@ -246,7 +249,7 @@ def test_one_process_loads_every_part_once(finished, tmp_path, monkeypatch):
         return original(loader, config, part, **options)
 
     monkeypatch.setattr(models, "_load", load)
-    one_process.main(configure(tmp_path))
+    loop.main(configure(tmp_path))
     assert sorted(loads) == ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
     wanted, again = final_lora(finished[0]), final_lora(tmp_path)
     assert all(torch.equal(again[k], wanted[k]) for k in wanted)
@@ -310,13 +313,13 @@ def test_other_algorithms_run(tmp_path, algorithm, method):
 
 def test_a_value_baseline_goes_through_the_stages(tmp_path, monkeypatch):
     more = ["--config.train.algorithm=dpok", "--config.train.value_baseline=True", "--config.method=ddpo"]
-    trained, original = [], training.dpok
+    trained, original = [], update.dpok
 
     def dpok(log_prob, old_log_prob, advantage, *others):
         trained[-1].update(advantage.tolist())
         return original(log_prob, old_log_prob, advantage, *others)
 
-    monkeypatch.setattr(training, "dpok", dpok)
+    monkeypatch.setattr(update, "dpok", dpok)
     for stage in (0, 1):
         trained.append(set())
         run_stage(tmp_path, stage, *more)
@@ -461,15 +464,15 @@ def test_a_truncated_file_is_one_line(finished, tmp_path):
 
 
 def test_the_evaluation_is_repeated_only_for_other_weights(finished, monkeypatch, capsys):
-    from b2diffurl import evaluate
+    from b2diffurl.evaluate import before_after
 
     folder, _ = finished
-    monkeypatch.setattr(evaluate, "generate", lambda *a: pytest.fail("generated again"))
+    monkeypatch.setattr(before_after, "generate", lambda *a: pytest.fail("generated again"))
     last = folder / "t/stage1/checkpoints/checkpoint_1"
-    evaluate.main(configure(folder), str(last), str(folder / "t"))
+    before_after.main(configure(folder), str(last), str(folder / "t"))
     assert "held-out" in capsys.readouterr().out
     with pytest.raises(UserError, match="nowhere"):
-        evaluate.main(configure(folder), "nowhere", str(folder / "t"))
+        before_after.main(configure(folder), "nowhere", str(folder / "t"))
 
 
 def test_a_missing_function_is_found_before_the_first_image(tmp_path):
@@ -483,7 +486,7 @@ def test_a_missing_function_is_found_before_the_first_image(tmp_path):
 LOADED = """
 import sys
 from b2diffurl import models
-from b2diffurl.configuration import run_main
+from b2diffurl.run.command import run_main
 import run_{step}
 
 sys.argv[1:] = {arguments!r}

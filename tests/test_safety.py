@@ -15,8 +15,14 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from b2diffurl import files, lock, lora, models, sample, select, train
-from b2diffurl.configuration import UserError, parse, run_main
+from b2diffurl import models
+from b2diffurl.errors import UserError
+from b2diffurl.families import lora
+from b2diffurl.run import folder as run_folder
+from b2diffurl.run import lock, storage
+from b2diffurl.run.command import parse, run_main
+from b2diffurl.run.folder import Run, checkpoint, flat, require_shared
+from b2diffurl.stages import sample, select, train
 
 SMALL = (
     "sample.groups=3", "sample.branches=3", "schedule.stage_count=4", "schedule.left=2", "schedule.right=3",
@@ -53,8 +59,8 @@ def command(script, folder, *more):
 
 def test_a_second_step_or_driver_is_refused_while_one_works(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import pathlib, sys; from b2diffurl import lock; lock.hold(pathlib.Path(sys.argv[1]));"
-         "print(flush=True); sys.stdin.read()", str(tmp_path / "t")],
+        [sys.executable, "-c", "import pathlib, sys; from b2diffurl.run import lock\n"
+         "lock.hold(pathlib.Path(sys.argv[1])); print(flush=True); sys.stdin.read()", str(tmp_path / "t")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     holder.stdout.readline()
@@ -104,8 +110,8 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
 def test_what_a_reward_prints_does_not_hide_the_plan(tmp_path):
     (tmp_path / "loud.py").write_text("print('Loading a model')\n\n\ndef reward(images, prompts):\n    return [0]\n")
     done = subprocess.run(
-        [sys.executable, "-m", "b2diffurl.plan", *flags(tmp_path, "reward.name=loud:reward")], capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}"},
+        [sys.executable, "-m", "b2diffurl.stages.preflight", *flags(tmp_path, "reward.name=loud:reward")],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}"},
     )  # fmt: skip
     assert done.stdout.splitlines() == ["Loading a model", f"4 one {tmp_path}/t"]  # the driver reads the last line
 
@@ -115,11 +121,11 @@ def test_other_words_in_the_prompt_file_are_another_run(begun, tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text('["a red circle"]')
     config = configure(tmp_path / "new", f"prompts.train={path}")
-    files.Run(config).pin(config)
-    files.Run(config).check(config)
+    Run(config).pin(config)
+    Run(config).check(config)
     path.write_text('["a blue circle"]')
     with pytest.raises(UserError, match=r"config\.prompts\.train_sha256 was"):
-        files.Run(config).check(config)
+        Run(config).check(config)
 
 
 def test_a_picture_that_is_no_png_is_refused(begun, tmp_path):
@@ -157,7 +163,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(begun, tmp_path, m
     monkeypatch.setattr("safetensors.torch.save_file", save)
     for rest in steps:
         rest.main(configure(tmp_path, "stage=1"))
-    assert files.checkpoint(tmp_path / "t/stage1").is_dir()
+    assert checkpoint(tmp_path / "t/stage1").is_dir()
 
 
 def test_other_errors_of_the_system_are_not_hidden(monkeypatch, tmp_path):
@@ -207,7 +213,7 @@ def test_files_of_another_form_are_one_line_before_any_work(begun, tmp_path, mon
 
 def test_a_foreign_lora_is_one_line(begun, tmp_path):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
-    path = files.checkpoint(tmp_path / "t/stage0") / "pytorch_lora_weights.safetensors"
+    path = checkpoint(tmp_path / "t/stage0") / "pytorch_lora_weights.safetensors"
     stored = load_file(path)
     for changed in ({k.replace("attn1", "attn9"): v for k, v in stored.items()}, {k: v[:1] for k, v in stored.items()}):
         save_file({k: v.contiguous() for k, v in changed.items()}, path)
@@ -219,7 +225,7 @@ def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path):
     metadata = {name: f'{name} of "ünïcode"' for name in "qwertyuiop"}
     written = set()
     for i in range(5):
-        files.write_tensors(tmp_path / f"{i}.safetensors", {"b": torch.ones(3), "a": torch.zeros(2, 2)}, metadata)
+        storage.write_tensors(tmp_path / f"{i}.safetensors", {"b": torch.ones(3), "a": torch.zeros(2, 2)}, metadata)
         written.add((tmp_path / f"{i}.safetensors").read_bytes())
     assert len(written) == 1
     with safe_open(tmp_path / "0.safetensors", framework="pt") as stored:
@@ -258,16 +264,16 @@ def test_every_file_of_a_run_is_as_the_umask_has_it(tmp_path):
 
 
 def test_a_folder_that_machines_do_not_share_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SHARED_WITHIN", 0)
-    monkeypatch.setattr(files.distributed, "size", lambda: 2)
-    monkeypatch.setattr(files.distributed, "barrier", lambda: None)
-    monkeypatch.setattr(files.distributed, "first", lambda value: value)
-    monkeypatch.setattr(files.distributed, "gather", lambda value: [value, ("node2", True)])
-    files.require_shared(tmp_path)
+    monkeypatch.setattr(run_folder, "SHARED_WITHIN", 0)
+    monkeypatch.setattr(run_folder.processes, "size", lambda: 2)
+    monkeypatch.setattr(run_folder.processes, "barrier", lambda: None)
+    monkeypatch.setattr(run_folder.processes, "first", lambda value: value)
+    monkeypatch.setattr(run_folder.processes, "gather", lambda value: [value, ("node2", True)])
+    require_shared(tmp_path)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(files.distributed, "gather", lambda value: [value, ("node2", False)])
+    monkeypatch.setattr(run_folder.processes, "gather", lambda value: [value, ("node2", False)])
     with pytest.raises(UserError, match=r"is another folder on node2: give a config\.save_path"):
-        files.require_shared(tmp_path)
+        require_shared(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -278,7 +284,10 @@ def script(path, body):
 
 def driven(folder, plan, **options):
     """What run_process.sh has a Python run that only says what it is asked, and answers the plan."""
-    script(folder / "python", f'echo "asked: $*"\ncase "$*" in *b2diffurl.plan*) echo Loading; echo {plan};; esac')
+    script(
+        folder / "python",
+        f'echo "asked: $*"\ncase "$*" in *b2diffurl.stages.preflight*) echo Loading; echo {plan};; esac',
+    )
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python")}
     del environment["CUDA_VISIBLE_DEVICES"]
     environment |= {"PRESET": "sdv1.4", **options}
@@ -304,14 +313,14 @@ def test_the_driver_uses_every_visible_gpu_and_a_free_port(tmp_path, visible, pr
     """Three GPUs that are not there, and a Python that says what it is asked to run."""
     script(tmp_path / "nvidia-smi", "for i in 0 1 2; do echo GPU $i; done")
     options = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
-    (ran,) = [line for line in driven(tmp_path, f"1 one {tmp_path}/run", **options) if "b2diffurl.one_process" in line]
+    (ran,) = [line for line in driven(tmp_path, f"1 one {tmp_path}/run", **options) if "b2diffurl.stages.loop" in line]
     if processes:
         assert f"launch --multi_gpu --num_machines 1 --main_process_port 0 --num_processes {processes} " in ran
     else:
-        assert ran.startswith("asked: -m b2diffurl.one_process")
+        assert ran.startswith("asked: -m b2diffurl.stages.loop")
 
 
 def test_the_settings_of_a_run_are_kept_whole(begun):
     stored = json.loads(pathlib.Path(begun, "t/config.json").read_text())
-    assert stored == files.flat(configure(begun))
+    assert stored == flat(configure(begun))
     assert set(json.loads(pathlib.Path(begun, "t/versions.json").read_text())) >= {"python", "torch", "diffusers"}

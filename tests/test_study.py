@@ -15,10 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from b2diffurl import models, study, study_report
-from b2diffurl.configuration import UserError, read_prompts
+from b2diffurl import models
+from b2diffurl.errors import UserError
+from b2diffurl.run.config import read_prompts
 from b2diffurl.shapes.scene import render, sample_scenes
 from b2diffurl.shapes.variety import open_entropy
+from b2diffurl.study import report
+from b2diffurl.study import runs as study
+from b2diffurl.study.__main__ import assignment
 
 JOB = study.Job("ddpo_is", "b2", 101, (("train.learning_rate", 1e-3),))
 
@@ -56,11 +60,11 @@ def test_all_runs_can_be_given_other_settings_and_are_told_apart_by_them(tmp_pat
     assert (config.schedule.left, config.train.learning_rate, config.method) == (18, 3e-3, "b2")
     assert config.exp_name != other.exp_name
     assert set(config.exp_name) < set(string.ascii_letters + string.digits + "._-")
-    assert study.assignment("schedule.left=18") == ("schedule.left", "18")
+    assert assignment("schedule.left=18") == ("schedule.left", "18")
     with pytest.raises(argparse.ArgumentTypeError, match="NAME=VALUE"):
-        study.assignment("schedule.left")
+        assignment("schedule.left")
     with pytest.raises(argparse.ArgumentTypeError, match="--rows and --seeds"):
-        study.assignment("seed=7")
+        assignment("seed=7")
 
 
 def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence(tmp_path):
@@ -76,12 +80,12 @@ def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence
 
 
 def test_finalists_and_choices_are_what_the_committed_search_says():
-    ends = study_report.final_rows(study_report.read(pathlib.Path("docs/study/search/results.csv")))
+    ends = report.final_rows(report.read(pathlib.Path("docs/study/search/results.csv")))
     for cell, chosen in study.CHOSEN.items():
         jobs = [study.Job(*cell, 201, tuple(settings.items())) for settings in study.GRID[cell[0]]]
         runs = [ends[job.key()[:3]] for job in jobs]
-        rewards = [[study_report._both(row, "reward") for row in of_seeds.values()] for of_seeds in runs]
-        order = sorted(range(len(runs)), key=lambda place: study_report._both(runs[place][201], "reward"), reverse=True)
+        rewards = [[report._both(row, "reward") for row in of_seeds.values()] for of_seeds in runs]
+        order = sorted(range(len(runs)), key=lambda place: report._both(runs[place][201], "reward"), reverse=True)
         finalists = study.FINALISTS.get(cell, order[:1])
         assert set(finalists) == set(order[: len(finalists)])
         assert all(len(rewards[place]) > 1 for place in study.FINALISTS.get(cell, ()))
@@ -131,10 +135,10 @@ def test_entropy_is_nought_for_one_picture_and_nearly_all_of_it_for_random_scene
 
 
 def test_interval_over_seeds():
-    mean, low, high = study_report.interval([0.1, 0.2, 0.3, 0.4, 0.5])
+    mean, low, high = report.interval([0.1, 0.2, 0.3, 0.4, 0.5])
     assert mean == pytest.approx(0.3)
     assert (low, high) == (pytest.approx(0.18, abs=0.021), pytest.approx(0.42, abs=0.021))
-    mean, low, high = study_report.interval([0.7])
+    mean, low, high = report.interval([0.7])
     assert mean == 0.7
     assert math.isnan(low)
     assert math.isnan(high)
@@ -143,7 +147,7 @@ def test_interval_over_seeds():
 def test_a_further_seed_lands_within_its_interval_19_times_of_20():
     draws = np.random.default_rng(1).normal(5, 2, size=(4000, 6))
     for seeds in (3, 5):
-        spans = [study_report.further(values[:seeds]) for values in draws]
+        spans = [report.further(values[:seeds]) for values in draws]
         inside = np.mean([low <= value <= high for (low, high), value in zip(spans, draws[:, -1], strict=True)])
         assert inside == pytest.approx(0.95, abs=0.012)
 
@@ -153,12 +157,12 @@ def test_differences_on_the_way_are_of_the_same_number_of_queries_and_seed():
     rows = [
         {"algorithm": "dpok", "method": method, "settings": "", "seed": seed, "stage": stage,
          "queries": 100 * (stage + 1), "unet_evals": 1000 * (stage + 1),
-         **dict.fromkeys(study_report.FIGURES, 0.1), "oracle_train": both[stage],
+         **dict.fromkeys(report.FIGURES, 0.1), "oracle_train": both[stage],
          "diversity_train": {"ddpo": 0.1, "b2": 0.4}[method] * both[stage]}
         for (method, seed), both in alignment.items() for stage in (0, 1)
     ]  # fmt: skip
-    base = dict.fromkeys(study_report.FIGURES, 0.0)
-    lines = study_report.comparisons(rows, study_report.final_rows(rows), base, "dpok")
+    base = dict.fromkeys(report.FIGURES, 0.0)
+    lines = report.comparisons(rows, report.final_rows(rows), base, "dpok")
     assert lines[0].startswith("| dpok | b2 - ddpo | after 100 queries | 2 | | | +0.150 [+0.100, +0.200] | +0.000")
     assert lines[1].startswith("| dpok | b2 - ddpo | at equal queries | 2 | | | +0.050 [+0.000, +0.100] | +0.000")
     assert lines[3].startswith("| dpok | b2 - ddpo | at equal oracle, train | 2 | | | +0.000 [+0.000, +0.000] |")
@@ -166,29 +170,29 @@ def test_differences_on_the_way_are_of_the_same_number_of_queries_and_seed():
     assert len(lines) == 4
     for row in rows:  # b2 with another budget: no number of queries is shared
         row["queries"] += 50 * (row["method"] == "b2")
-    assert len(study_report.comparisons(rows, study_report.final_rows(rows), base, "dpok")) == 3
+    assert len(report.comparisons(rows, report.final_rows(rows), base, "dpok")) == 3
 
 
 def test_figures_where_a_run_first_came_as_far():
     """Of a run that rises and falls; where it never came, or where it began, there are none."""
     run = [
         {"algorithm": "dpo", "method": "ddpo", "settings": "", "seed": 1, "stage": i, "queries": i, "unet_evals": i,
-         **dict.fromkeys(study_report.FIGURES, diversity), "oracle_train": oracle}
+         **dict.fromkeys(report.FIGURES, diversity), "oracle_train": oracle}
         for i, (oracle, diversity) in enumerate([(0.7, 0.3), (0.9, 0.2), (0.5, 0.0), (0.8, 0.1)], 1)
     ]  # fmt: skip
-    base = {**dict.fromkeys(study_report.FIGURES, 0.5), "oracle_train": 0.6}
+    base = {**dict.fromkeys(report.FIGURES, 0.5), "oracle_train": 0.6}
     for where, diversity in ((0.6, 0.5), (0.65, 0.4), (0.8, 0.25), (0.9, 0.2)):
-        found = study_report._at(run, base, run[-1], "oracle_train", where)
+        found = report._at(run, base, run[-1], "oracle_train", where)
         assert found["diversity_train"] == pytest.approx(diversity)
-    assert study_report._at(run, base, run[-1], "oracle_train", 0.55) is None
-    assert study_report._at(run, base, run[-1], "oracle_train", 0.95) is None
-    assert study_report._at(run, base, run[-1], "unet_evals", 2.5)["oracle_train"] == pytest.approx(0.7)
+    assert report._at(run, base, run[-1], "oracle_train", 0.55) is None
+    assert report._at(run, base, run[-1], "oracle_train", 0.95) is None
+    assert report._at(run, base, run[-1], "unet_evals", 2.5)["oracle_train"] == pytest.approx(0.7)
 
 
 def test_settings_are_ordered_by_their_numbers():
     settings = ["learning_rate 0.016, kl_weight 1", "learning_rate 3e-3, kl_weight 0.1", "learning_rate 3e-3, left 14"]
-    assert sorted(settings, key=study_report._numbers) == settings[1:] + settings[:1]
-    assert study_report._numbers("kind constant") == []
+    assert sorted(settings, key=report._numbers) == settings[1:] + settings[:1]
+    assert report._numbers("kind constant") == []
 
 
 @pytest.fixture
@@ -221,7 +225,7 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small, monke
     base = study.measure(config, None, models.Models(config))
     other = [{**row, "method": "ddpo", "unet_evals": 2 * row["unet_evals"]} for row in rows]
     other[-1]["oracle_train"] = 0.25
-    study_report.write(small, rows + other, base)
+    report.write(small, rows + other, base)
     stored = list(csv.DictReader((small / "results.csv").open(encoding="utf-8")))
     assert [(r["method"], r["stage"]) for r in stored] == [(m, str(s)) for m in ("b2", "ddpo") for s in range(4)]
     assert float(stored[3]["oracle_train"]) == pytest.approx(rows[-1]["oracle_train"], abs=1e-6)
@@ -231,18 +235,18 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small, monke
     assert f"| ddpo_is | b2 - ddpo | at equal queries | 1 | | | {ours - 0.25:+.3f} |" in text
     assert f"| ddpo_is | b2 - ddpo | at equal UNet evaluations | 1 | | | {ours - halfway:+.3f} |" in text
     expected = [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows + other]
-    assert study_report.read(small / "results.csv") == expected
-    assert study_report.read(small / "nothing.csv") == []
+    assert report.read(small / "results.csv") == expected
+    assert report.read(small / "nothing.csv") == []
     (small / "curves.png").unlink()
-    monkeypatch.setattr(study_report, "draw", lambda *_: pytest.fail("curves of methods, for several settings of one"))
+    monkeypatch.setattr(report, "draw", lambda *_: pytest.fail("curves of methods, for several settings of one"))
     several = [{**row, "settings": f"learning_rate {rate}"} for row in rows for rate in ("0.016", "3e-3", "0.001")]
-    study_report.write(small, several, base)
+    report.write(small, several, base)
     assert "b2 - ddpo" not in (small / "table.md").read_text()
     assert (small / "curves.png").stat().st_size > 10_000
 
 
 def test_a_run_that_fails_is_told_in_the_table_and_stops_no_other(tmp_path, monkeypatch):
-    figures = {**dict.fromkeys(study_report.COLUMNS[8:], 0.5), "queries": 9, "unet_evals": 9, "seconds": 1.0}
+    figures = {**dict.fromkeys(report.COLUMNS[8:], 0.5), "queries": 9, "unet_evals": 9, "seconds": 1.0}
 
     def run(job, out, kind):
         if job.method == "b2":
@@ -273,7 +277,7 @@ def test_rows_and_seeds_that_a_study_has_not_are_refused(tmp_path):
 
 def test_labels_of_an_axis_tell_what_differs():
     rates = ["learning_rate 0.004, kl_weight 1", "learning_rate 1.6e-2, kl_weight 0.1"]
-    assert study_report.axis_labels(rates) == (["0.004, 1", "1.6e-2, 0.1"], "learning_rate, kl_weight")
-    assert study_report.axis_labels(["kind constant", "kind growing"]) == (["constant", "growing"], "kind")
+    assert report.axis_labels(rates) == (["0.004, 1", "1.6e-2, 0.1"], "learning_rate, kl_weight")
+    assert report.axis_labels(["kind constant", "kind growing"]) == (["constant", "growing"], "kind")
     brakes = ["learning_rate 4e-3", "learning_rate 4e-3, lr_schedule linear", "learning_rate 4e-3, target_kl 10"]
-    assert study_report.axis_labels(brakes) == (["learning_rate 4e-3", "lr_schedule linear", "target_kl 10"], "")
+    assert report.axis_labels(brakes) == (["learning_rate 4e-3", "lr_schedule linear", "target_kl 10"], "")

@@ -10,13 +10,13 @@ import ml_collections
 import pytest
 from PIL import Image
 
-from b2diffurl import tracking
+from b2diffurl.run import tracking
 
 STEP = """
 import logging
 from PIL import Image
-from b2diffurl.configuration import parse
-from b2diffurl.tracking import track
+from b2diffurl.run.command import parse
+from b2diffurl.run.tracking import track
 
 flags = ["--config.log_with=wandb", "--config.exp_name=mine"]
 config = parse(["x", "--config", "config/stage_process.py:shapes", *flags])[0]

@@ -7,14 +7,14 @@ import pytest
 import torch
 from small import build_unet
 
-from b2diffurl import lora as lora_module
-from b2diffurl import training
-from b2diffurl.branch_sampling import Sampler
+from b2diffurl import update
 from b2diffurl.ddim import ddim_step_with_logprob, transition
+from b2diffurl.families import lora as lora_module
 from b2diffurl.guidance import guided_noise
 from b2diffurl.losses import ddpo_is
 from b2diffurl.noise import stream_noise, stream_seed
-from b2diffurl.training import (
+from b2diffurl.rollout import Sampler
+from b2diffurl.update import (
     Pairs,
     accumulate,
     loss_scale,
@@ -158,7 +158,7 @@ def test_float16_gradients_survive_small_losses(scheduler):
 def test_an_overflowing_update_is_repeated_at_a_smaller_scale(scheduler, monkeypatch):
     unet, lora = lora_unet()
     pairs = sampled_pairs(unet, scheduler)
-    tried, honest = [], training.accumulate
+    tried, honest = [], update.accumulate
 
     def overflowing(*arguments):
         statistics = honest(*arguments)
@@ -167,8 +167,8 @@ def test_an_overflowing_update_is_repeated_at_a_smaller_scale(scheduler, monkeyp
             next(iter(lora.values())).grad.fill_(float("inf"))
         return statistics
 
-    monkeypatch.setattr(training, "loss_scale", lambda *a: 1600.0)
-    monkeypatch.setattr(training, "accumulate", overflowing)
+    monkeypatch.setattr(update, "loss_scale", lambda *a: 1600.0)
+    monkeypatch.setattr(update, "accumulate", overflowing)
     updates_of(unet, scheduler, lora, pairs, settings(num_epochs=1, trajectories_per_update=8))
     assert tried == [1600.0, 100.0]
     assert all(p.isfinite().all() for p in lora.values())

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from b2diffurl.training import Pairs
+from b2diffurl.update import Pairs
 from b2diffurl.value import Baseline
 
 N, LENGTH = 40, 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from b2diffurl import when_decided
-from b2diffurl.configuration import parse
+from b2diffurl.run.command import parse
 
 
 @pytest.mark.parametrize("between", [0.0, 1.0])

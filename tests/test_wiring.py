@@ -7,10 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import build_unet
 
-from b2diffurl import files, lora, metrics, models, sample, select, train, training
-from b2diffurl.configuration import parse
+from b2diffurl import models, update
 from b2diffurl.ddim import gaussian_log_prob, transition
+from b2diffurl.families import lora
 from b2diffurl.guidance import guided_noise
+from b2diffurl.run import metrics
+from b2diffurl.run.command import parse
+from b2diffurl.run.folder import Run, checkpoint
+from b2diffurl.stages import sample, select, train
 
 
 def configure(*settings):
@@ -46,7 +50,7 @@ def test_advantages_are_clamped_and_weighted_by_their_sign(tmp_path):
         "sample.groups=2", "sample.branches=2", "train.adv_clip=3", "train.beta1=0.5", "train.beta2=2",
         f"save_path={tmp_path}", "exp_name=t",
     )  # fmt: skip
-    run = files.Run(config)
+    run = Run(config)
     run.stage.mkdir(parents=True)
     shape = (4, 8, 8)
     save_file(
@@ -72,10 +76,10 @@ def test_an_update_is_no_longer_than_the_bound_on_the_gradient(scheduler):
         parameters = [*lora.add(unet, config).values()]
         before = torch.cat([p.detach().flatten() for p in parameters])
         latents, embeds = torch.randn(2, 3, 4, 8, 8), torch.randn(2, 16, 64)
-        pairs = training.Pairs(latents, torch.zeros(2, 2), scheduler.timesteps[-2:], torch.ones(2), embeds, embeds[:1])
+        pairs = update.Pairs(latents, torch.zeros(2, 2), scheduler.timesteps[-2:], torch.ones(2), embeds, embeds[:1])
         pairs.log_probs = first_pass(unet, scheduler, pairs)
         norms = []
-        training.train_updates(
+        update.train_updates(
             unet, scheduler, torch.optim.SGD(parameters, lr=1.0), parameters, pairs, config,
             torch.Generator().manual_seed(0), lambda statistics, norm, norms=norms: norms.append(norm),
         )  # fmt: skip
@@ -93,7 +97,7 @@ def test_the_loss_scales_headroom_goes_on_from_stage_to_stage(elsewhere, monkeyp
         given.append(arguments[-1])
         return seen, headroom / 16
 
-    updates = training.train_updates
+    updates = update.train_updates
     monkeypatch.setattr(train, "train_updates", overflowing)
     settings = (
         f"save_path={elsewhere}", "exp_name=t", "sample.groups=2", "sample.branches=2", "sample.num_steps=2",
@@ -111,7 +115,7 @@ def first_pass(unet, scheduler, pairs):
     count, length = pairs.log_probs.shape
     rows, steps = torch.arange(count).repeat_interleave(length), torch.arange(length).repeat(count)
     settings = types.SimpleNamespace(sample=types.SimpleNamespace(guidance_scale=5.0, eta=1.0))
-    mean, sigma = training.step_distribution(unet, scheduler, pairs, rows, steps, settings)
+    mean, sigma = update.step_distribution(unet, scheduler, pairs, rows, steps, settings)
     return gaussian_log_prob(pairs.latents[rows, steps + 1], mean, sigma).view(count, length)
 
 
@@ -143,11 +147,11 @@ def test_the_authors_accumulation_and_the_even_one():
     """Kept -> the authors' updates and ours, as counted on their code: 100 -> 1, 2; 130 -> 2, 4; 300 -> 4, 6."""
     config = configure("train.trajectories_per_update=128", "train.num_epochs=2")
     for kept, authors, even in ((40, 0, 2), (64, 1, 2), (100, 1, 2), (130, 2, 4), (300, 4, 6)):
-        counts = training.count_updates(config, kept)
+        counts = update.count_updates(config, kept)
         assert counts == {"stage": authors, "epoch": even}
         for unit in counts:
             config.train.accumulate_over = unit
-            updates = training.plan_updates(config, kept, torch.Generator().manual_seed(0))
+            updates = update.plan_updates(config, kept, torch.Generator().manual_seed(0))
             assert len(updates) == counts[unit]
             seen = torch.bincount(torch.cat([*updates, torch.arange(0)]), minlength=kept)
             if unit == "stage":
@@ -168,7 +172,7 @@ def test_a_stage_whose_samples_fill_no_update_is_a_valid_outcome(elsewhere, caps
     for step in (sample, select, train):
         step.main(configure(*settings))
     assert "2 selected trajectories in 2 epochs do not fill an update of" in capsys.readouterr().out
-    stored = load_file(files.checkpoint(elsewhere / "t/stage0") / "pytorch_lora_weights.safetensors")
+    stored = load_file(checkpoint(elsewhere / "t/stage0") / "pytorch_lora_weights.safetensors")
     assert not any(tensor.any() for name, tensor in stored.items() if "lora_B" in name or "lora.up" in name)
     (line,) = [line for line in metrics.read(elsewhere / "t/metrics.jsonl") if line["step"] == "train"]
     assert (line["train/updates"], line["train/updates_by_stage"], line["train/updates_by_epoch"]) == (0, 0, 2)

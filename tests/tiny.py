@@ -1,6 +1,6 @@
 """Stable Diffusion's kind of pipeline at a size that is made and run within seconds: 16x16 pictures, 77 tokens."""
 
-from b2diffurl import random_weights
+from b2diffurl.bench import random_weights
 
 GEOMETRY = {
     "unet": {

@@ -9,7 +9,8 @@ import importlib
 
 import torch
 
-from ..configuration import UserError, reward_parts
+from ..errors import UserError
+from ..run.config import reward_parts
 
 
 class Reward:

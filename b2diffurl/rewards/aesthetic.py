@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from ..configuration import UserError
+from ..errors import UserError
 from .hf_clip import HuggingFaceClip
 
 

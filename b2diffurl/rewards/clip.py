@@ -5,7 +5,7 @@ import concurrent.futures
 import torch
 
 from ..ahead import ahead
-from ..configuration import UserError
+from ..errors import UserError
 
 
 class ClipReward:

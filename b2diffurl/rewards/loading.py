@@ -2,7 +2,7 @@
 
 import contextlib
 
-from ..configuration import UserError
+from ..errors import UserError
 
 
 @contextlib.contextmanager

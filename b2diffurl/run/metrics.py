@@ -3,7 +3,7 @@
 import json
 import os
 
-from .configuration import UserError
+from ..errors import UserError
 
 
 def read(path):

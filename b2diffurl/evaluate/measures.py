@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import torch
 
-from .configuration import UserError
+from ..errors import UserError
 
 LPIPS_PAIRS = 64  # pairs of pictures a call
 INCEPTION_IMAGES = 32  # pictures a call

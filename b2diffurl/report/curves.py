@@ -2,7 +2,7 @@
 
 import os
 
-from . import metrics
+from ..run import metrics
 
 PANELS = (
     ("select", "reward/mean", "mean reward"),

@@ -12,12 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import contact_sheet, distributed, files, models
-from .configuration import UserError, read_prompts, run_main
-from .noise import stream_noise, stream_seed
-from .quality import Quality, feature_distance
-from .rewards import clip_of
-from .shapes.oracle import verdicts
+from .. import models
+from ..errors import UserError
+from ..noise import stream_noise, stream_seed
+from ..rewards import clip_of
+from ..run import processes, storage
+from ..run.config import read_prompts
+from ..run.folder import Run, start_log
+from ..shapes.oracle import verdicts
+from . import contact_sheet
+from .measures import Quality, feature_distance
 
 RESAMPLES = 10_000
 MATTERS = ("pretrained", "sample", "reward", "evaluate")  # the settings that an evaluation depends on
@@ -40,14 +44,14 @@ def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size="
         paths = {pathlib.Path(prompts).stem: prompts}
     lists = {name: read_prompts(path) for name, path in paths.items()}
     settings = _settings(config, checkpoint, lists)
-    log = files.start_log(files.Run(config))
-    stored = files.read_json(out / "eval.json", "the evaluation") if (out / "eval.json").exists() else {}
-    if distributed.first(stored.get("settings") == settings):
+    log = start_log(Run(config))
+    stored = storage.read_json(out / "eval.json", "the evaluation") if (out / "eval.json").exists() else {}
+    if processes.first(stored.get("settings") == settings):
         log.info(table(stored["results"]))
         return
     out.mkdir(parents=True, exist_ok=True)
     loaded, count = loaded or models.Models(config), config.evaluate.images_per_prompt
-    results, pictures, measures, first = [], {}, [], distributed.rank() == 0
+    results, pictures, measures, first = [], {}, [], processes.rank() == 0
 
     def load():
         if first:  # the others only sample
@@ -55,7 +59,7 @@ def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size="
                 clip = clip_of(reward, config, models.device())
             measures.extend([clip, Quality(config, models.device())])
 
-    distributed.agree(load)
+    processes.agree(load)
     for model, folder in (("before", None), ("after", checkpoint)):
         images = generate(config, loaded, lists, folder, model)
         if first:
@@ -70,9 +74,9 @@ def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size="
     if first:
         contact_sheet.draw(lists, pictures).save(out / "before_after.tmp.png")
         os.replace(out / "before_after.tmp.png", out / "before_after.png")
-        files.write_json(out / "eval.json", {"settings": settings, "results": results})
+        storage.write_json(out / "eval.json", {"settings": settings, "results": results})
         log.info(table(results))
-    distributed.barrier()
+    processes.barrier()
 
 
 def _settings(config, checkpoint, lists):
@@ -109,7 +113,7 @@ def generate(config, loaded, lists, checkpoint, label):
     wanted = [(name, prompt, i) for name in names for prompt in lists[name] for i in range(count)]
     images = {name: [] for name in names}
     steps = config.sample.num_steps
-    mine = wanted[distributed.part(len(wanted))]
+    mine = wanted[processes.part(len(wanted))]
     for first in tqdm(range(0, len(mine), config.sample.batch_size), desc=f"images {label}", leave=False, disable=None):
         batch = mine[first : first + config.sample.batch_size]
         seeds = [stream_seed(config.evaluate.seed, "evaluation", prompt, i) for _, prompt, i in batch]
@@ -118,7 +122,7 @@ def generate(config, loaded, lists, checkpoint, label):
         path, _ = sampler.denoise(sampler.initial(noise[:, 0]), own, noise[:, 1:], range(steps))
         for (name, _, _), picture in zip(batch, models.decode(loaded.vae, path[:, -1]).cpu(), strict=True):
             images[name].append(Image.fromarray(picture.numpy()))
-    found = distributed.gather(images)
+    found = processes.gather(images)
     return {name: [image for part in found for image in part[name]] for name in names}
 
 
@@ -171,7 +175,3 @@ def _cell(row, name):
     if f"{name}_interval" in row:
         return "{:.3f} [{:.3f}, {:.3f}]".format(row[name], *row[f"{name}_interval"])
     return f"{row[name]:.4f}"
-
-
-if __name__ == "__main__":
-    run_main(main, checkpoint=None, out=None, prompts="", images_per_prompt="", batch_size="")

@@ -5,12 +5,10 @@ A preset whose models are on the hub is measured with random weights of their ge
 `python -m b2diffurl.bench --gpu-check --out DIR` tries what a first run on a GPU meets: see gpu_check.py.
 """
 
-import argparse
 import dataclasses
 import datetime
 import io
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -20,11 +18,15 @@ import tempfile
 import torch
 from PIL import Image
 
-from . import files, meter, metrics, models, random_weights
-from .configuration import METHODS, UserError, interval_of, read_prompts, run_main
+from .. import models
+from ..errors import UserError
+from ..rewards import full_float32
+from ..run import metrics
+from ..run.config import METHODS, interval_of, read_prompts
+from ..run.folder import versions
+from ..update import accumulate, loss_scale, precision_of
+from . import meter, random_weights
 from .meter import count, count_each, fitting, seconds_a_call
-from .rewards import full_float32
-from .training import accumulate, loss_scale, precision_of
 
 MINIMAL = (  # a stage that does everything once: for the start-up times
     "--config.exp_name=bench_startup", "--config.stage=0", "--config.method=b2", "--config.sample.groups=1",
@@ -61,7 +63,7 @@ def main(config, flags, out, quick):
             )
     result = {
         "date": str(datetime.date.today()), "machine": meter.machine(), "threads": torch.get_num_threads(),
-        "versions": files.versions(),
+        "versions": versions(),
         "weights": weights if pathlib.Path(weights).is_dir() else f"random, geometry of {weights}",
         "precision": config.mixed_precision, **add_shares(config, phases, budget / 3), "unet_parameters": parameters,
         **sizes(config, latent, pictures[0]), "phases": phases, "first_pass": first, "startup_s": starts,
@@ -242,32 +244,3 @@ def phase_line(name, phase):
         f"{name:<9} {phase['batch']:>6}   {rate:<17} {phase['flops_per_s'] / 1e12:>8.3f} "
         f"{phase['matmul_share']:>11.0%} {unet:>13} {memory:>13}"
     )
-
-
-def run(argv):
-    """Command line -> main, which run_main guards."""
-    parser = argparse.ArgumentParser(prog="python -m b2diffurl.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", help="of config/stage_process.py; sdv1.4 with CUDA, else shapes")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
-    parser.add_argument("--out", default="", help="folder for bench.json and bench.txt")
-    parser.add_argument("--quick", action="store_true", help="a minute: a fifth of the time for each figure")
-    parser.add_argument("--gpu-check", action="store_true", help="try what a first run on a GPU meets, into --out")
-    given, flags = parser.parse_known_args(argv[1:])
-    if given.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    cuda = torch.cuda.is_available()
-    if given.device == "cuda" and not cuda:
-        sys.exit("bench.py: --device cuda: PyTorch sees no CUDA device here")
-    if given.gpu_check:
-        from . import gpu_check
-
-        if not given.out or given.preset or given.quick or flags:
-            parser.error("--gpu-check takes --out DIR, and no preset or settings")
-        sys.exit(gpu_check.main(pathlib.Path(given.out).resolve()))
-    flags = ["--config", f"config/stage_process.py:{given.preset or ('sdv1.4' if cuda else 'shapes')}", *flags]
-    sys.argv[1:] = flags
-    run_main(lambda config: main(config, flags, given.out, given.quick))
-
-
-if __name__ == "__main__":
-    run(sys.argv)

@@ -5,22 +5,27 @@ NAME=VALUE ...]` writes results.csv, table.md and curves.png into DIR/quick, DIR
 goes on where it was stopped; a run whose last stage is in results.csv is done.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import multiprocessing
 import os
-import pathlib
 import re
 import signal
 import sys
 import time
 import typing
 
-from . import distributed, evaluate, files, lock, metrics, models, sample, select, study_report, train
-from .configuration import UserError, parse, read_prompts
-from .rewards import clip_of
-from .shapes.variety import open_entropy
+from .. import models
+from ..errors import UserError
+from ..evaluate import before_after
+from ..rewards import clip_of
+from ..run import lock, metrics, processes, storage
+from ..run.command import parse
+from ..run.config import read_prompts
+from ..run.folder import Run, checkpoint
+from ..shapes.variety import open_entropy
+from ..stages import sample, select, train
+from . import report
 
 
 def prompt_lists(name):
@@ -137,11 +142,13 @@ def evaluated(config):
 def measure(config, checkpoint, loaded):
     """Train and held-out figures of a checkpoint (None: the base model) on the fixed evaluation noise."""
     lists = {"train": read_prompts(config.prompts.train), "test": read_prompts(config.prompts.test)}
-    images = evaluate.generate(config, loaded, lists, checkpoint, config.exp_name)
+    images = before_after.generate(config, loaded, lists, checkpoint, config.exp_name)
     values = {}
     for name, prompts in lists.items():
         with loaded.scoring() as reward:
-            found = evaluate.measure(config, reward, clip_of(reward, config, models.device()), prompts, images[name])
+            found = before_after.measure(
+                config, reward, clip_of(reward, config, models.device()), prompts, images[name]
+            )
         for key in ("reward", "oracle", "diversity"):
             values[f"{key}_{name}"] = found[key]
         values[f"entropy_{name}"] = open_entropy(images[name], config.evaluate.images_per_prompt)
@@ -153,7 +160,7 @@ def run(job, out, kind):
     config = configure(job, out, kind)
     stages, rows, loaded = config.schedule.stage_count, [], models.Models(config)
     for config.stage in range(stages):
-        place = files.Run(config)
+        place = Run(config)
         if not (place.stage / "checkpoints").is_dir():
             for step in (sample, select, train):
                 step.main(config, loaded=loaded)
@@ -162,8 +169,8 @@ def run(job, out, kind):
         if evaluated(config):
             stored = place.stage / "evaluation.json"
             if not stored.exists():
-                files.write_json(stored, measure(config, files.checkpoint(place.stage), loaded))
-            row |= files.read_json(stored, "the study")
+                storage.write_json(stored, measure(config, checkpoint(place.stage), loaded))
+            row |= storage.read_json(stored, "the study")
         rows.append(row)
     return rows
 
@@ -185,7 +192,7 @@ def start_worker():
     """A worker's output is its runs' log files; it ends with the process that started it, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    distributed.follow_parent()
+    processes.follow_parent()
 
 
 def main(out, kind, cells=(), seeds=(), changes=()):
@@ -206,12 +213,12 @@ def main(out, kind, cells=(), seeds=(), changes=()):
     lock.hold(out)
     if not base.exists():
         print("evaluating the base model ...", flush=True)
-        files.write_json(base, measure(config, None, models.Models(config)))
-    rows = study_report.read(out / "results.csv")
+        storage.write_json(base, measure(config, None, models.Models(config)))
+    rows = report.read(out / "results.csv")
     stages = collections.Counter((r["algorithm"], r["method"], r["settings"], r["seed"]) for r in rows)
     runs = [job for job in runs if stages[job.key()] < configure(job, out, kind).schedule.stage_count]
     if rows:
-        study_report.write(out, rows, files.read_json(base, "the study"))
+        report.write(out, rows, storage.read_json(base, "the study"))
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers, which start after this
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
@@ -229,7 +236,7 @@ def main(out, kind, cells=(), seeds=(), changes=()):
                 failed.append(f"{' '.join(map(str, job.key()))}: {error}")
                 print(f"{said}failed: {error}", flush=True)
             if rows:
-                study_report.write(out, rows, files.read_json(base, "the study"), failed)
+                report.write(out, rows, storage.read_json(base, "the study"), failed)
         pool.shutdown()  # left to the interpreter's end it sometimes says that its pipe is gone
     except BaseException:
         for worker in multiprocessing.active_children():
@@ -238,39 +245,3 @@ def main(out, kind, cells=(), seeds=(), changes=()):
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; the report has the others, and names these")
     print((out / "table.md").read_text(encoding="utf-8"))
-
-
-def assignment(text):
-    """(field, value) of a NAME=VALUE argument."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=VALUE, for example schedule.left=18")
-    if name in ("exp_name", "save_path", "stage", "seed", "method", "train.algorithm"):
-        raise argparse.ArgumentTypeError(f"{name} is what tells the runs apart: see --rows and --seeds, --out")
-    return name, value
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m b2diffurl.study", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="model/study", type=pathlib.Path, help="folder of the results and the runs")
-    kinds = parser.add_mutually_exclusive_group()
-    kinds.add_argument("--quick", action="store_true", help="a small matrix of short runs: minutes, no evidence")
-    kinds.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and seeds")
-    parser.add_argument("--rows", nargs="+", default=(), help="only these, as algorithm:method")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(), help="these instead of the study's own")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        type=assignment,
-        default=(),
-        metavar="NAME=VALUE",
-        help="for all runs, as in schedule.left=18; into a DIR of their own",
-    )
-    given = parser.parse_args()
-    kind = "quick" if given.quick else "search" if given.search else "full"
-    try:
-        main(given.out / kind, kind, given.rows, given.seeds, given.set)
-    except UserError as error:
-        sys.exit(f"study.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")

@@ -6,8 +6,8 @@ import pathlib
 
 import torch
 
-from . import files
-from .configuration import UserError
+from ..errors import UserError
+from ..run import storage
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention of the UNet
 
@@ -30,7 +30,7 @@ def load(unet, folder):
 
     Raises UserError for another model's.
     """
-    stored = files.read_tensors(pathlib.Path(folder) / "pytorch_lora_weights.safetensors", "run_train.py")
+    stored = storage.read_tensors(pathlib.Path(folder) / "pytorch_lora_weights.safetensors", "run_train.py")
     try:
         if not _layers(unet):
             unet.load_lora_adapter(os.fspath(folder), prefix="unet", adapter_name="default", use_safetensors=True)
@@ -110,7 +110,7 @@ def save(unet, folder, metadata=None):
     StableDiffusionLoraLoaderMixin.save_lora_weights(
         os.fspath(folder),
         get_peft_model_state_dict(unet),
-        save_function=lambda weights, path: files.write_tensors(
+        save_function=lambda weights, path: storage.write_tensors(
             pathlib.Path(path), weights, {"format": "pt", **(metadata or {})}
         ),
     )

@@ -21,10 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import bench, evaluate, files, meter, metrics, models, random_weights
-from .configuration import parse
-from .train import build_optimizer
-from .training import accumulate, loss_scale, train_updates
+from .. import models
+from ..evaluate import before_after
+from ..run import metrics, storage
+from ..run.command import parse
+from ..run.folder import versions
+from ..stages.train import build_optimizer
+from ..update import accumulate, loss_scale, train_updates
+from . import meter, random_weights, rates
 
 LIMIT, LATEST = 25 * 60, 22 * 60  # seconds from the start until everything has ended, and until the last check begins
 GOAL = 6e9  # bytes of a GPU in which training, one pair a call, should fit
@@ -65,7 +69,7 @@ class Report:
     def __init__(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.began, self.checks = folder, time.monotonic(), []
-        self.facts = {"date": str(datetime.date.today()), "machine": meter.machine(), "versions": files.versions()}
+        self.facts = {"date": str(datetime.date.today()), "machine": meter.machine(), "versions": versions()}
         (folder / "gpu_check.txt").write_text("", encoding="utf-8")
 
     def say(self, text):
@@ -92,7 +96,7 @@ class Report:
         row |= {"seconds": round(time.monotonic() - began, 1), "lines": lines}
         self.checks.append(row)
         self.say("\n    ".join([f"{row['outcome']:<8}{name}, {row['seconds']} s (at most {budget})", *lines]))
-        files.write_json(self.folder / "gpu_check.json", {**self.facts, "checks": self.checks})
+        storage.write_json(self.folder / "gpu_check.json", {**self.facts, "checks": self.checks})
         return row["outcome"] == "passed"
 
     def end(self):
@@ -167,7 +171,7 @@ class Precision:
         found["sampling"], why_sampling = meter.largest(most, sample)
         unet, _ = self.loaded.trainable(self.checkpoint)
         config.train.batch_size = most
-        found["training"], why_training = meter.largest(most, lambda n: bench.update(unet, scheduler, pair, n, config))
+        found["training"], why_training = meter.largest(most, lambda n: rates.update(unet, scheduler, pair, n, config))
         self.config.sample.batch_size = min(found["sampling"], self.config.sample.batch_size)
         self.config.train.batch_size = min(found["training"], self.config.train.batch_size)
         return [
@@ -178,14 +182,14 @@ class Precision:
     def throughput(self):
         """Rates of sampling, training and scoring, and their share of the matmul rate."""
         budget = 10.0 if self.cuda else 0.1
-        sampling, _, pictures = bench.measure_sampling(self.loaded, self.checkpoint, budget)
-        phases = {"sampling": sampling, "training": bench.measure_training(self.loaded, self.checkpoint, budget)}
-        phases["scoring"] = bench.measure_scoring(self.loaded, pictures, budget)
+        sampling, _, pictures = rates.measure_sampling(self.loaded, self.checkpoint, budget)
+        phases = {"sampling": sampling, "training": rates.measure_training(self.loaded, self.checkpoint, budget)}
+        phases["scoring"] = rates.measure_scoring(self.loaded, pictures, budget)
         if not self.cuda:
             return ["sampling, training and scoring ran; how fast says nothing about a GPU"], {}
-        rates = bench.add_shares(self.config, phases, budget / 3)
-        lines = [bench.HEAD, *(bench.phase_line(name, phase) for name, phase in phases.items())]
-        return [f"matmul {rates['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s", *lines], {**rates, "phases": phases}
+        shares = rates.add_shares(self.config, phases, budget / 3)
+        lines = [rates.HEAD, *(rates.phase_line(name, phase) for name, phase in phases.items())]
+        return [f"matmul {shares['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s", *lines], {**shares, "phases": phases}
 
     def first_pass(self):
         """How far training's densities are off sampling's before any update, by step."""
@@ -244,8 +248,8 @@ def shapes_run(scratch):
         run, note = drive(scratch, "gpu_check_shapes", (), CUDA_VISIBLE_DEVICES=first_gpu()), CPU_FIGURES
     else:
         run, note = drive(scratch, "gpu_check_one", TINY, CUDA_VISIBLE_DEVICES=""), "a tiny run, which learns nothing"
-    results = files.read_json(run / "eval.json", "the evaluation")["results"]
-    return [*evaluate.table(results).splitlines(), note], {"results": results}
+    results = storage.read_json(run / "eval.json", "the evaluation")["results"]
+    return [*before_after.table(results).splitlines(), note], {"results": results}
 
 
 def first_gpu():

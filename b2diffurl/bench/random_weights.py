@@ -1,7 +1,8 @@
 """Stable Diffusion v1.4 and an OpenCLIP reward with their published geometry and random weights: for measuring.
 
 Speed, memory and start-up do not depend on what the weights are, so nothing needs to be downloaded.
-`python -m b2diffurl.random_weights FOLDER no|fp16|bf16 ARCHITECTURE [GEOMETRY]` writes FOLDER/pipeline and FOLDER/clip.
+`python -m b2diffurl.bench.random_weights FOLDER no|fp16|bf16 ARCHITECTURE [GEOMETRY]` writes FOLDER/pipeline and
+FOLDER/clip.
 """
 
 import json
@@ -13,8 +14,9 @@ import sys
 
 import torch
 
-from . import lora, models
-from .configuration import UserError
+from .. import models
+from ..errors import UserError
+from ..families import lora
 
 PUBLISHED = "CompVis/stable-diffusion-v1-4"  # the model whose geometry this is
 

@@ -1,6 +1,6 @@
 """One driver or step at a time on a run: an advisory lock on <run>/.lock, which ends with whoever holds it.
 
-`python -m b2diffurl.lock FOLDER` takes it for the shell that opened FOLDER/.lock as descriptor $B2DIFFURL_LOCK.
+`python -m b2diffurl.run.lock FOLDER` takes it for the shell that opened FOLDER/.lock as descriptor $B2DIFFURL_LOCK.
 """
 
 import errno
@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 
-from .configuration import UserError
+from ..errors import UserError
 
 INHERITED = "B2DIFFURL_LOCK"  # the driver's descriptor, in the environment of its steps
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import torch
 
-from . import distributed
 from .ddim import gaussian_log_prob, prediction_gain, transition
 from .guidance import guided_noise
 from .losses import ddpo_is, ddpo_sf, dpo, dpok, gaussian_kl
+from .run import processes
 
 
 @dataclasses.dataclass
@@ -87,12 +87,12 @@ def pretrained_means(unet, scheduler, pairs, config):
     count, length = pairs.log_probs.shape
     means = torch.zeros_like(pairs.latents[:, 1:], dtype=torch.float32)
     unet.disable_adapters()
-    mine = torch.arange(count * length, device=means.device)[distributed.part(count * length)]
+    mine = torch.arange(count * length, device=means.device)[processes.part(count * length)]
     for part in mine.split(config.train.batch_size) if len(mine) else ():
         rows, steps = part // length, part % length
         means[rows, steps] = step_distribution(unet, scheduler, pairs, rows, steps, config)[0]
     unet.enable_adapters()
-    distributed.sum_([means])
+    processes.sum_([means])
     return means
 
 
@@ -206,7 +206,7 @@ def accumulate(unet, scheduler, pairs, chosen, config, generator, scale=1.0):
     chosen = chosen.to(order.device)
     collected = {}
     per_call = max(1, config.train.batch_size // (2 if config.train.algorithm == "dpo" else 1))
-    mine = order[distributed.part(len(order))]
+    mine = order[processes.part(len(order))]
     for part in mine.split(per_call) if len(mine) else ():
         loss, statistics = pair_loss(unet, scheduler, pairs, chosen[part // length], part % length, config)
         (loss.sum() * (scale / len(order))).backward()
@@ -217,8 +217,8 @@ def accumulate(unet, scheduler, pairs, chosen, config, generator, scale=1.0):
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / scale
             gradients.append(parameter.grad)
-    distributed.sum_(gradients)
-    found = distributed.gather({name: torch.cat(parts).cpu() for name, parts in collected.items()})
+    processes.sum_(gradients)
+    found = processes.gather({name: torch.cat(parts).cpu() for name, parts in collected.items()})
     return {name: torch.cat([own[name] for own in found if own]) for name in next(filter(None, found))}
 
 

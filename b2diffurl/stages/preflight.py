@@ -1,7 +1,8 @@
 """What run_process.sh asks before it starts; the last line is "<stages> <one|three> <run folder>"."""
 
-from .configuration import reward_parts, run_main
-from .files import Run
+from ..run.command import run_main
+from ..run.config import reward_parts
+from ..run.folder import Run
 
 
 def main(config):
@@ -10,11 +11,11 @@ def main(config):
     run.check(config)
     for name, _ in reward_parts(config.reward.name):
         if ":" in name:  # a user's function
-            from .rewards import user_function
+            from ..rewards import user_function
 
             user_function(name)
     if config.evaluate.lpips or config.evaluate.inception_score:  # may have to be downloaded
-        from .quality import Quality
+        from ..evaluate.measures import Quality
 
         Quality(config, "cpu")
     print(config.schedule.stage_count, "one" if config.one_process else "three", run.folder)

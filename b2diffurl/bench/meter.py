@@ -13,10 +13,11 @@ import time
 
 import torch
 
-from . import models
-from .configuration import UserError, read_prompts
-from .ddim import prediction_gain
-from .training import ROUNDING, Pairs, pair_loss, precision_of, prediction_error
+from .. import models
+from ..ddim import prediction_gain
+from ..errors import UserError
+from ..run.config import read_prompts
+from ..update import ROUNDING, Pairs, pair_loss, precision_of, prediction_error
 
 
 def seconds_a_call(work, budget):

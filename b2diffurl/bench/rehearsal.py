@@ -1,6 +1,6 @@
 """A dress rehearsal of the paper's run at full resolution: one stage of PRESET=sdv1.4, the smallest that there is.
 
-`python -m b2diffurl.rehearsal --out DIR [--precision bf16|fp16|no] [--architecture NAME]` runs its steps, and an
+`python -m b2diffurl.bench.rehearsal --out DIR [--precision bf16|fp16|no] [--architecture NAME]` runs its steps, and an
 evaluation, as scripts of their own, on SD v1.4's geometry and an OpenCLIP reward with random weights; nothing is
 downloaded. How long each took and how much memory it had is printed and left in DIR/rehearsal.json, beside the run's
 files in DIR/run. What breaks here would break with the real weights.
@@ -19,11 +19,13 @@ import time
 
 import torch
 
-from . import files, meter, metrics, random_weights
-from .configuration import UserError
-from .models import DTYPES
+from ..errors import UserError
+from ..models import DTYPES
+from ..run import metrics, storage
+from ..run.folder import versions
+from . import meter, random_weights
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = {"train": ["a cat washing dishes"], "test": ["a cat riding a bike"]}
 SETTINGS = (
     "exp_name=run", "schedule.stage_count=1", "schedule.left=3", "schedule.right=3", "sample.num_steps=4",
@@ -47,7 +49,7 @@ def main(out, precision, architecture, geometry=random_weights.GEOMETRY):
         weights, steps = pathlib.Path(weights), []
         for name, prompts in PROMPTS.items():
             (weights / f"{name}.json").write_text(json.dumps(prompts), encoding="utf-8")
-        made = ["-m", "b2diffurl.random_weights", f"{weights}", precision, architecture, json.dumps(geometry)]
+        made = ["-m", "b2diffurl.bench.random_weights", f"{weights}", precision, architecture, json.dumps(geometry)]
         for name, arguments in {"weights": made, **stage_steps(out, weights, precision)}.items():
             steps.append(run_step(name, arguments, out))
             print(row(steps[-1]), flush=True)
@@ -57,8 +59,8 @@ def main(out, precision, architecture, geometry=random_weights.GEOMETRY):
     if not trained["train/updates"]:
         raise UserError("the stage made no update")
     figures = {name: trained[f"policy/{name}"] for name in ("prediction_error", "ratio_first_error")}
-    files.write_json(out / "rehearsal.json", {
-        "date": str(datetime.date.today()), "machine": meter.machine(), "versions": files.versions(),
+    storage.write_json(out / "rehearsal.json", {
+        "date": str(datetime.date.today()), "machine": meter.machine(), "versions": versions(),
         "precision": precision, "architecture": architecture, "steps": steps, **figures,
     })  # fmt: skip
     print(
@@ -151,7 +153,7 @@ def row(step):
 
 def run(argv):
     """Command line -> main; a UserError is one line and exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m b2diffurl.rehearsal", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m b2diffurl.bench.rehearsal", description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder for rehearsal.json, the run, and meanwhile the weights")
     parser.add_argument(
         "--precision", choices=("bf16", "fp16", "no"), help="fp16 on a GPU; else bf16 if the CPU has it"

@@ -2,17 +2,16 @@
 
 import base64
 import io
-import json
 import os
 import pathlib
-import sys
 
 import jinja2
 from PIL import Image
 
-from . import files, metrics
-from .configuration import METHODS, UserError
-from .evaluate import table
+from ..errors import UserError
+from ..evaluate.before_after import table
+from ..run import metrics, storage
+from ..run.config import METHODS
 
 CHARTS = (  # title, what it says, step, {figure: label}, against
     ("Reward", "Mean over the stage's images, before that stage's training.", "select", {"reward/mean": ""}, "queries"),
@@ -49,7 +48,7 @@ def main(folder):
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         name=folder.name,
         status=status(folder, records),
         charts=charts(records),
@@ -66,7 +65,7 @@ def main(folder):
 
 def read(path):
     """A JSON file of the run, None where it is not there (yet)."""
-    return files.read_json(path, "the run") if path.exists() else None
+    return storage.read_json(path, "the run") if path.exists() else None
 
 
 def status(folder, records):
@@ -142,7 +141,7 @@ def shown_stages(folder):
 
 def sheet(folder, stage):
     """{stage, groups}: its first branch groups, every ending with its reward and whether it was kept."""
-    rows, groups = files.read_json(folder / "scores.json", "run_select.py")["scores"], {}
+    rows, groups = storage.read_json(folder / "scores.json", "run_select.py")["scores"], {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
     return {
@@ -184,13 +183,3 @@ def evaluation(folder):
         return None
     image = (folder / "before_after.png").read_bytes()
     return {"table": table(stored["results"]), "image": data_uri(image, "png")}
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m b2diffurl.report model/lora/<exp_name>")
-    try:
-        main(sys.argv[1])
-    except (UserError, json.JSONDecodeError, OSError) as error:
-        sys.exit(f"report.py: {error}")
-    print(pathlib.Path(sys.argv[1]) / "report.html")

@@ -7,14 +7,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import distributed, files, metrics, models
-from .configuration import METHODS, UserError
-from .quality import feature_distance
-from .rewards.history import RewardHistory
+from .. import models
+from ..errors import UserError
+from ..evaluate.measures import feature_distance
+from ..rewards.history import RewardHistory
+from ..run import metrics, processes, storage
+from ..run.config import METHODS
+from ..run.folder import Run, start_log
+from ..run.tracking import track
+from ..selection import select_contrasts
+from ..shapes.oracle import verdicts
 from .sample import plan
-from .selection import select_contrasts
-from .shapes.oracle import verdicts
-from .tracking import track
 
 
 def main(config, started=None, loaded=None):
@@ -24,13 +27,13 @@ def main(config, started=None, loaded=None):
     loaded: the Models of a whole run, this step's own unless given.
     """
     started = started or time.perf_counter()
-    run = files.Run(config)
-    log = files.start_log(run)
+    run = Run(config)
+    log = start_log(run)
     run.pin(config)
-    if distributed.first((run.stage / "scores.json").exists()):
+    if processes.first((run.stage / "scores.json").exists()):
         log.info(f"stage {config.stage} select: complete already ({run.stage / 'scores.json'})")
         return
-    rows = files.read_json(run.stage / "samples.json", "run_sample.py")
+    rows = storage.read_json(run.stage / "samples.json", "run_sample.py")
     if rows != plan(config):
         raise UserError(f"{run.stage} holds the samples of another run: delete it and run run_sample.py again")
     past = _history(run.previous / "scores.json") if run.previous else []
@@ -41,7 +44,7 @@ def main(config, started=None, loaded=None):
         scoring = time.perf_counter() - ready
 
     def conclude():
-        if distributed.rank():
+        if processes.rank():
             return
         normalised, history, kept, values = _select(config, rows, raw, parts, past, log)
         values |= measured
@@ -57,13 +60,13 @@ def main(config, started=None, loaded=None):
             + f", {values['time_s']:.1f} s"
         )  # fmt: skip
 
-    distributed.agree(conclude)
+    processes.agree(conclude)
 
 
 def _history(path):
     """The RewardHistory state that an earlier stage's scores.json holds."""
     try:
-        return files.read_json(path, "run_select.py")["history"]
+        return storage.read_json(path, "run_select.py")["history"]
     except (KeyError, TypeError):
         raise UserError(
             f"{path} is not what run_select.py writes: delete that stage's folder and run it again"
@@ -75,7 +78,7 @@ def _score(config, run, rows, reward):
 
     Every process reads, scores and measures its own part of the images.
     """
-    mine, branches, shown = distributed.part(len(rows)), config.sample.branches, []
+    mine, branches, shown = processes.part(len(rows)), config.sample.branches, []
     own = rows[mine]
     prompts = [row["prompt"] for row in own]
     clip = next((part for name, _, part in reward.parts if name == "clip"), None)
@@ -91,7 +94,7 @@ def _score(config, run, rows, reward):
             "verdicts": verdicts(images, prompts) if config.evaluate.oracle and images else None,
         }
 
-    found = distributed.agree(work)
+    found = processes.agree(work)
     scores, features, right = ([part[name] for part in found if part[name] is not None] for name in found[0])
     parts, values = {name: np.concatenate([own[name] for _, own in scores]) for name in scores[0][1]}, {}
     if features and config.sample.groups > 1:
@@ -131,14 +134,14 @@ def _select(config, rows, raw, parts, past, log):
 def _write(config, run, rows, raw, normalised, history, kept, values):
     """The stage's files; scores.json last, since it says that the step is complete."""
     tensors = {"index": torch.tensor(kept, dtype=torch.int64), "normalised": torch.tensor(normalised[kept])}
-    files.write_tensors(run.stage / "selected.safetensors", tensors)
+    storage.write_tensors(run.stage / "selected.safetensors", tensors)
     metrics.record(run.metrics, config, "select", values)
     chosen = set(kept)
     scores = [
         {**row, "reward": float(r), "normalised": float(n), "kept": i in chosen}
         for i, (row, r, n) in enumerate(zip(rows, raw, normalised, strict=True))
     ]
-    files.write_json(run.stage / "scores.json", {"scores": scores, "history": history.state()})
+    storage.write_json(run.stage / "scores.json", {"scores": scores, "history": history.state()})
 
 
 def keep(config, normalised):

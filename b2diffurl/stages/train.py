@@ -7,13 +7,18 @@ import time
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import adam, curves, distributed, files, lora, metrics, models
-from .configuration import UserError, interval_of
-from .losses import weigh_advantages
-from .noise import stream_seed
-from .tracking import track
-from .training import Pairs, PolicyMismatch, count_updates, pretrained_means, train_updates
-from .value import Baseline
+from .. import adam, models
+from ..errors import UserError
+from ..families import lora
+from ..losses import weigh_advantages
+from ..noise import stream_seed
+from ..report import curves
+from ..run import metrics, processes, storage
+from ..run.config import interval_of
+from ..run.folder import Run, flat, prune, require_checkpoint, start_log, that_matter
+from ..run.tracking import track
+from ..update import Pairs, PolicyMismatch, count_updates, pretrained_means, train_updates
+from ..value import Baseline
 
 HEADROOM = "loss_scale.headroom"  # the name of its tensor beside AdamW's state
 NOTHING_SELECTED = {
@@ -30,31 +35,31 @@ def main(config, started=None, loaded=None):
     loaded: the Models of a whole run, this step's own unless given.
     """
     started = started or time.perf_counter()
-    run = files.Run(config)
-    log = files.start_log(run)
+    run = Run(config)
+    log = start_log(run)
     run.pin(config)
     target = run.stage / "checkpoints"
-    if distributed.first(target.exists()):
+    if processes.first(target.exists()):
         log.info(f"stage {config.stage} train: complete already ({target})")
         return
-    files.read_json(run.stage / "scores.json", "run_select.py")
-    selected = files.read_tensors(run.stage / "selected.safetensors", "run_select.py")
+    storage.read_json(run.stage / "scores.json", "run_select.py")
+    selected = storage.read_tensors(run.stage / "selected.safetensors", "run_select.py")
     if selected.keys() != {"index", "normalised"}:
         raise UserError(f"{run.stage} holds files of another run: delete it and run all steps of the stage again")
-    before = files.require_checkpoint(run.previous) if run.previous else None
+    before = require_checkpoint(run.previous) if run.previous else None
     loaded = loaded or models.Models(config)
     unet, parameters = loaded.trainable(before)
     optimizer, headroom = build_optimizer(config, parameters), 1.0
     if before:
-        stored = files.read_tensors(before / "optimizer.safetensors", "run_train.py")
+        stored = storage.read_tensors(before / "optimizer.safetensors", "run_train.py")
         adam.restore(optimizer, parameters, stored)
         headroom = stored[HEADROOM].item() if HEADROOM in stored else 1.0
     baseline = Baseline(config, unet) if config.train.value_baseline else None
     if before and baseline:
         baseline.load(before / "value.safetensors")
     ready = time.perf_counter()
-    first = distributed.rank() == 0
-    with files.fresh_folder(target) as folder:
+    first = processes.rank() == 0
+    with storage.fresh_folder(target) as folder:
         if first:
             save_checkpoint(config, unet, optimizer, headroom, folder / "checkpoint_0")
         values, headroom = _train(config, run, selected, unet, loaded.scheduler, optimizer, headroom, baseline)
@@ -65,10 +70,10 @@ def main(config, started=None, loaded=None):
             values["perf/startup_s"] = round(ready - started, 3)
             values["time_s"] = round(time.perf_counter() - started, 3)
             metrics.record(run.metrics, config, "train", values)
-    distributed.barrier()
+    processes.barrier()
     if not first:
         return
-    files.prune(run, config)
+    prune(run, config)
     track(config, "train", values, log)
     curves.draw(run)
     if values["train/updates"]:
@@ -189,7 +194,7 @@ def _train(config, run, selected, unet, scheduler, optimizer, headroom, baseline
 def _changed(config, parameters, before):
     """The Euclidean length of the stage's change of the LoRA; UserError where it is 0, or not the same everywhere."""
     after = torch.cat([parameter.detach().flatten() for parameter in parameters]).cpu()
-    digests = distributed.gather(hashlib.sha256(after.numpy().tobytes()).hexdigest())
+    digests = processes.gather(hashlib.sha256(after.numpy().tobytes()).hexdigest())
     if len(set(digests)) > 1:
         raise UserError(
             f"stage {config.stage}: the processes' LoRAs differ ({digests}); the stage was not saved. Run the same "
@@ -210,7 +215,7 @@ def provenance(config):
     The run's name is not in it: the same settings make the same file.
     """
     start, stop = interval_of(config)
-    settings = {name: value for name, value in files.that_matter(files.flat(config)).items() if name != "exp_name"}
+    settings = {name: value for name, value in that_matter(flat(config)).items() if name != "exp_name"}
     return {
         "base_model": config.pretrained.model,
         "base_revision": models.revision(config),
@@ -238,4 +243,4 @@ def save_checkpoint(config, unet, optimizer, headroom, folder):
     folder.mkdir()
     lora.save(unet, folder, provenance(config))
     state = adam.state_of(optimizer, lora.parameters(unet)) | {HEADROOM: torch.tensor(headroom)}
-    files.write_tensors(folder / "optimizer.safetensors", state)
+    storage.write_tensors(folder / "optimizer.safetensors", state)

@@ -6,10 +6,13 @@ import time
 import torch
 from PIL import Image
 
-from . import distributed, files, metrics, models
-from .configuration import METHODS, UserError, interval_of, read_prompts
-from .noise import draw_prompts, stream_seed
-from .tracking import track
+from .. import models
+from ..errors import UserError
+from ..noise import draw_prompts, stream_seed
+from ..run import metrics, processes, storage
+from ..run.config import METHODS, interval_of, read_prompts
+from ..run.folder import Run, require_checkpoint, start_log
+from ..run.tracking import track
 
 
 def main(config, started=None, loaded=None):
@@ -19,21 +22,21 @@ def main(config, started=None, loaded=None):
     loaded: the Models of a whole run, this step's own unless given.
     """
     started = started or time.perf_counter()
-    run = files.Run(config)
-    log = files.start_log(run)
+    run = Run(config)
+    log = start_log(run)
     run.pin(config)
-    if distributed.first((run.stage / "samples.json").exists()):
+    if processes.first((run.stage / "samples.json").exists()):
         log.info(f"stage {config.stage} sample: complete already ({run.stage / 'samples.json'})")
         return
     loaded = loaded or models.Models(config)
-    before = files.require_checkpoint(run.previous) if run.previous else None
+    before = require_checkpoint(run.previous) if run.previous else None
     rows = plan(config)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     embeds, sampler, vae = loaded.embed(prompts), loaded.sampler(before), loaded.vae
     ready = time.perf_counter()
     run.stage.mkdir(parents=True, exist_ok=True)
     interval = interval_of(config)
-    groups, tensors = distributed.part(config.sample.groups), {}
+    groups, tensors = processes.part(config.sample.groups), {}
     mine = rows[groups.start * config.sample.branches : groups.stop * config.sample.branches]
 
     def work():
@@ -49,11 +52,11 @@ def main(config, started=None, loaded=None):
         tensors.update(start_latents=made.start_latents, latents=made.latents, log_probs=made.log_probs)
         return made.unet_evals
 
-    with files.fresh_folder(run.stage / "images") as folder:
-        unet_evals = sum(distributed.agree(work))
-    tensors = files.join_parts(run.stage, tensors)
-    if distributed.rank():
-        distributed.barrier()
+    with storage.fresh_folder(run.stage / "images") as folder:
+        unet_evals = sum(processes.agree(work))
+    tensors = storage.join_parts(run.stage, tensors)
+    if processes.rank():
+        processes.barrier()
         return
     tensors |= {
         "timesteps": sampler.scheduler.timesteps[interval[0] : interval[1]].cpu(),
@@ -61,7 +64,7 @@ def main(config, started=None, loaded=None):
         "negative_embeds": loaded.embed([""]),
         "prompt_index": torch.tensor([prompts.index(row["prompt"]) for row in rows]),
     }
-    files.write_tensors(run.stage / "samples.safetensors", tensors)
+    storage.write_tensors(run.stage / "samples.safetensors", tensors)
     seconds = time.perf_counter() - started
     speed = len(rows) / (time.perf_counter() - ready)
     values = {
@@ -74,8 +77,8 @@ def main(config, started=None, loaded=None):
         "time_s": round(seconds, 3),
     }
     metrics.record(run.metrics, config, "sample", values)
-    files.write_json(run.stage / "samples.json", rows)
-    distributed.barrier()
+    storage.write_json(run.stage / "samples.json", rows)
+    processes.barrier()
     track(config, "sample", values, log)
     log.info(
         f"stage {config.stage} sample: {len(rows)} images, last {interval[1] - interval[0]} of {interval[1]} steps "

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 
-from .configuration import SharedError, UserError
+from ..errors import SharedError, UserError
 
 WAIT = datetime.timedelta(hours=1)  # for the slowest process: a machine that died is noticed
 

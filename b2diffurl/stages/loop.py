@@ -6,8 +6,13 @@ of weights cost more than the work of a stage that is short or spread over sever
 
 import time
 
-from . import STARTED, distributed, evaluate, files, models, report, sample, select, train
-from .configuration import run_main
+from .. import STARTED, models
+from ..evaluate import before_after
+from ..report import page
+from ..run import processes
+from ..run.command import run_main
+from ..run.folder import Run, checkpoint
+from . import sample, select, train
 
 
 def main(config):
@@ -15,17 +20,17 @@ def main(config):
     started, loaded = STARTED, models.Models(config)
     for stage in range(config.schedule.stage_count):
         config.stage = stage
-        run = files.Run(config)
-        if distributed.first((run.stage / "checkpoints").is_dir()):
-            if distributed.rank() == 0:
+        run = Run(config)
+        if processes.first((run.stage / "checkpoints").is_dir()):
+            if processes.rank() == 0:
                 print(f"stage {stage}: complete already", flush=True)
             continue
         for step in (sample, select, train):
             step.main(config, started, loaded)
             started = time.perf_counter()
-    evaluate.main(config, files.checkpoint(run.stage), run.folder, loaded=loaded)
-    if distributed.rank() == 0:
-        report.main(run.folder)
+    before_after.main(config, checkpoint(run.stage), run.folder, loaded=loaded)
+    if processes.rank() == 0:
+        page.main(run.folder)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Reading the configuration from the command line and checking all of it before any model loads."""
+"""Checking a configuration, all of it, before any model loads."""
 
-import errno
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import re
-import sys
+
+from ..errors import UserError
 
 METHODS = {  # method -> (backward progressive training, branches)
     "b2": (True, True),
@@ -32,95 +31,6 @@ WEIGHTS = {  # reward -> the setting of a file that nothing downloads by itself,
     "hpsv2": ("hpsv2_weights", "HPS_v2.1_compressed.pt from https://huggingface.co/xswu/HPSv2"),
 }
 PRECISIONS = ("no", "fp16", "bf16")
-
-
-GO_ON = "then the same command goes on"
-NO_ROOM = {
-    errno.ENOSPC: f"Free some space (config.keep.* limits what a run keeps), {GO_ON}",
-    errno.EDQUOT: f"Free some of your quota (config.keep.* limits what a run keeps), {GO_ON}",
-    errno.EROFS: "Give a config.save_path that can be written, and start where log/ can be",
-    errno.EACCES: "Give a config.save_path that you may write, and start where log/ can be",
-}
-
-
-class UserError(Exception):
-    """Something the user can mend; the message is one line that names the field or file and the way out."""
-
-
-class SharedError(UserError):
-    """A UserError that every process of a step raises; the first one says it."""
-
-
-def run_main(main, locked=False, **options):
-    """Parse the command line, check the configuration, call main(config, **options); a UserError is one line, exit 1.
-
-    locked: hold the run's lock meanwhile.
-    options: further string flags of the command with their defaults; a default of None makes the flag required.
-    """
-    try:
-        config, options = parse(sys.argv, options)
-        if locked:
-            from . import lock
-
-            lock.hold(pathlib.Path(config.save_path) / config.exp_name)
-        main(config, **options)
-    except UserError as error:
-        if isinstance(error, SharedError) and os.environ.get("RANK", "0") != "0":
-            sys.exit(1)
-        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {error}")
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        what = f"{error.strerror}: {error.filename or config.save_path}"
-        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {what}; what was finished is whole. {NO_ROOM[error.errno]}")
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        sizes = "config.sample.batch_size, config.reward.batch_size or config.train.batch_size"
-        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: out of GPU memory: lower {sizes}, whichever this step uses")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last finished step")
-
-
-def parse(argv, options=None):
-    """Command line -> (checked ConfigDict, {option: value}). Raises UserError for anything unknown or badly typed."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    values, options = flags.FlagValues(), options or {}
-    original, sys.argv = sys.argv, argv  # config_flags looks for its overrides there, not in what it is given
-    try:
-        config_flags.DEFINE_config_file("config", "config/stage_process.py", flag_values=values)
-        for name, default in options.items():
-            flags.DEFINE_string(name, default, f"{name} of the command", flag_values=values)
-        rest = values(argv)[1:]
-        config = values["config"].value
-        config.exp_name  # noqa: B018 - a file that did not load says so only when it is used
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"no such setting: {_blame(argv, error)} (config/stage_process.py lists them)") from None
-    except (flags.Error, TypeError, ValueError, OSError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]  # the reason is below its traceback
-        raise UserError(f"{lines[-1]} (config/stage_process.py lists presets and settings)") from None
-    finally:
-        sys.argv = original
-    if rest:
-        raise UserError(f"unknown argument {rest[0]!r}: settings look like --config.sample.groups=48")
-    given = {name: values[name].value for name in options}
-    if missing := [name for name, value in given.items() if value is None]:
-        raise UserError(f"--{missing[0]} is missing")
-    check(config)
-    return config, given
-
-
-def _blame(argv, error):
-    """The argument that names the field which an unknown-field error is about, else the error's own words."""
-    field = str(error).strip("\"'").split("'")[0]
-    return next((argument for argument in argv if field and field in argument.partition("=")[0]), str(error))
-
-
-def _require(condition, field, value, wanted):
-    if not condition:
-        raise UserError(f"config.{field}={value!r}: {wanted}")
 
 
 def check(config):
@@ -176,6 +86,11 @@ def check(config):
         _check_model_folder("reward.model", config.reward.model.removeprefix("local-dir:"), "open_clip_config.json")
 
 
+def _require(condition, field, value, wanted):
+    if not condition:
+        raise UserError(f"config.{field}={value!r}: {wanted}")
+
+
 def reward_parts(name):
     """ "clip:1.0 + aesthetic:0.2" -> [("clip", 1.0), ("aesthetic", 0.2)]; a part without a weight has 1."""
     parts = []
@@ -207,7 +122,7 @@ def _check_reward(reward):
 
 
 def _check_schedule(config):
-    from .schedule import KINDS
+    from ..schedule import KINDS
 
     schedule, steps = config.schedule, config.sample.num_steps
     _require(schedule.kind in KINDS, "schedule.kind", schedule.kind, f"must be one of {', '.join(KINDS)}")
@@ -244,7 +159,7 @@ def read_prompts(path):
 
 def interval_of(config):
     """(start, stop) of the denoising steps that config.stage trains; without progressive training, always `right`."""
-    from .schedule import interval
+    from ..schedule import interval
 
     kind = config.schedule.kind if METHODS[config.method][0] else "constant"
     schedule = config.schedule

@@ -1,0 +1,1 @@
+"""Before and after: the base model and a checkpoint on the same prompts with the same fixed noise."""

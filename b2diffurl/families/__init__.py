@@ -1,0 +1,1 @@
+"""Model families: the only room that knows diffusers' denoisers and PEFT."""

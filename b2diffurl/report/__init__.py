@@ -1,0 +1,1 @@
+"""What a run looks like: curves after every stage, one HTML page."""

@@ -1,0 +1,45 @@
+"""`python -m b2diffurl.study`: see runs.py."""
+
+import argparse
+import pathlib
+import sys
+
+from .. import study
+from ..errors import UserError
+from .runs import main
+
+
+def assignment(text):
+    """(field, value) of a NAME=VALUE argument."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=VALUE, for example schedule.left=18")
+    if name in ("exp_name", "save_path", "stage", "seed", "method", "train.algorithm"):
+        raise argparse.ArgumentTypeError(f"{name} is what tells the runs apart: see --rows and --seeds, --out")
+    return name, value
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m b2diffurl.study", description=study.__doc__)
+    parser.add_argument("--out", default="model/study", type=pathlib.Path, help="folder of the results and the runs")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--quick", action="store_true", help="a small matrix of short runs: minutes, no evidence")
+    kinds.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and seeds")
+    parser.add_argument("--rows", nargs="+", default=(), help="only these, as algorithm:method")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(), help="these instead of the study's own")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        type=assignment,
+        default=(),
+        metavar="NAME=VALUE",
+        help="for all runs, as in schedule.left=18; into a DIR of their own",
+    )
+    given = parser.parse_args()
+    kind = "quick" if given.quick else "search" if given.search else "full"
+    try:
+        main(given.out / kind, kind, given.rows, given.seeds, given.set)
+    except UserError as error:
+        sys.exit(f"study.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
