@@ -19,8 +19,8 @@ fi
 prepare_environment requirements.txt
 
 config=(--config "config/stage_process.py:$PRESET" "$@")
-plan=$("$PYTHON" -m b2diffurl.stages.preflight "${config[@]}")
-read -r stages processes folder <<<"$(tail -n 1 <<<"$plan")" # a user's reward may print when it is imported
+said=$("$PYTHON" -m b2diffurl.stages.preflight "${config[@]}")
+read -r stages processes folder <<<"$(tail -n 1 <<<"$said")" # a user's reward may print when it is imported
 machine=${MACHINE_RANK:-$(sed -nE 's/.*--(machine|node)_rank[= ]+([0-9]+).*/\2/p' <<<"${LAUNCH:-}")}
 mkdir -p "$folder"
 if [ "${machine:-0}" = 0 ]; then # of several machines the first one locks and reports

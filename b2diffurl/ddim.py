@@ -4,9 +4,11 @@ Symbols of the DDIM paper (arXiv 2010.02502): a is the cumulative product of alp
 eq. 12.
 """
 
-import math
+import dataclasses
 
 import torch
+
+from . import gaussian
 
 
 def transition(scheduler, noise_pred, timesteps, sample, eta):
@@ -42,19 +44,6 @@ def transition(scheduler, noise_pred, timesteps, sample, eta):
     return mean, sigma
 
 
-def prediction_gain(scheduler, timesteps, eta):
-    """By how many standard deviations σ a unit change of the model's output moves a transition's mean -> (B,)."""
-    none, small = torch.zeros(len(timesteps), 1, 1, 1), 1e-3  # small: a scheduler that clips x0 does not clip this
-    mean, sigma = transition(scheduler, none + small, timesteps, none, eta)
-    return (mean / sigma / small).abs().flatten()
-
-
-def gaussian_log_prob(value, mean, sigma):
-    """Log-density of N(mean, sigma²) at value, **averaged** over C, H, W as DDPO's code does -> (B,) float32."""
-    log_prob = -((value.float() - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
-    return log_prob.mean(dim=(1, 2, 3))
-
-
 def ddim_step_with_logprob(scheduler, noise_pred, timesteps, sample, eta, prev_sample=None, generator=None):
     """Sample x_prev (or take the given one) and score it: -> (prev_sample (B, C, H, W), log_prob (B,) float32).
 
@@ -68,4 +57,32 @@ def ddim_step_with_logprob(scheduler, noise_pred, timesteps, sample, eta, prev_s
     if prev_sample is None:
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         prev_sample = (mean + sigma * noise).to(sample.dtype)
-    return prev_sample, gaussian_log_prob(prev_sample, mean, sigma)
+    return prev_sample, gaussian.log_prob(prev_sample, mean, sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIM:
+    """The kernel of a DDIM model: its transitions by step index, 0 (pure noise) to T-1."""
+
+    scheduler: object  # a DDIMScheduler after set_timesteps(T)
+    eta: float
+
+    @property
+    def initial_sigma(self):
+        """Standard deviation of x_T."""
+        return self.scheduler.init_noise_sigma
+
+    def time(self, step):
+        """What the denoiser is told at the steps (B,): training timesteps (B,)."""
+        return self.scheduler.timesteps[step]
+
+    def transition(self, prediction, step, latents):
+        """Mean (B, C, H, W) and σ (B, 1, 1, 1), float32, of the steps (B,) from latents with their predictions."""
+        return transition(self.scheduler, prediction, self.time(step), latents, self.eta)
+
+    def gain(self, step):
+        """By how many standard deviations σ a unit change of the model's output moves the mean, at a step: a number."""
+        device = self.scheduler.timesteps.device
+        none, small = torch.zeros(1, 1, 1, 1, device=device), 1e-3  # small: a scheduler that clips x0 leaves it alone
+        mean, sigma = self.transition(none + small, torch.tensor([step], device=device), none)
+        return (mean / sigma / small).abs().item()

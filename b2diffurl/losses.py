@@ -2,16 +2,10 @@
 
 Log-probabilities come as a mean or as a sum over the latent's dimensions (config.train.log_prob); the functions do not
 care. Each returns losses (B,) and statistics (B,), detached: ratio ρ, clipped (whether the algorithm's clip is passed),
-approx_kl (log ρ)² / 2, and its own.
+approx_kl (log ρ)² / 2, and its own. ALGORITHMS names them for config.train.algorithm.
 """
 
-import torch
-
-
-def weigh_advantages(normalised, clip, positive_weight=1.0, negative_weight=1.0):
-    """A = clamp(r̂, ±clip), times β₁ where A > 0 and β₂ elsewhere (paper eq. 9 and its released form)."""
-    advantage = normalised.clamp(-clip, clip)
-    return advantage * torch.where(advantage > 0, positive_weight, negative_weight)
+import typing
 
 
 def ddpo_is(log_prob, old_log_prob, advantage, clip_range):
@@ -22,7 +16,7 @@ def ddpo_is(log_prob, old_log_prob, advantage, clip_range):
     the clip hardly ever acts; summed ones are another algorithm.
     """
     ratio = (log_prob - old_log_prob).exp()
-    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+    loss = (-advantage * ratio).maximum(-advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
     return loss, _statistics(log_prob - old_log_prob, clip_range)
 
 
@@ -38,9 +32,8 @@ def ddpo_sf(log_prob, old_log_prob, advantage):
 def dpok(log_prob, old_log_prob, advantage, clip_range, kl, kl_weight):
     """DPOK: policy gradient plus β KL(p_θ || p_pre) at every step (arXiv 2305.16381, its KL-regularised objective).
 
-    Off-policy by the importance ratio, clipped as in ddpo_is. kl: gaussian_kl to the pre-trained model's transition,
-    averaged or summed as the log-probabilities are.
-    Statistics also: kl_pretrained.
+    Off-policy by the importance ratio, clipped as in ddpo_is. kl: gaussian.kl to the pre-trained model's transition,
+    averaged or summed as the log-probabilities are. Statistics also: kl_pretrained.
     """
     loss, statistics = ddpo_is(log_prob, old_log_prob, advantage, clip_range)
     return loss + kl_weight * kl, {**statistics, "kl_pretrained": kl.detach()}
@@ -54,20 +47,14 @@ def dpo(winner_log_ratio, loser_log_ratio, beta):
     is log 2. The statistics are means over the two, but ratio is the one further from 1; preferred says how often the
     winner's ratio is above the loser's.
     """
+    from torch.nn.functional import logsigmoid
+
     margin = winner_log_ratio - loser_log_ratio
     both = [_statistics(ratio) for ratio in (winner_log_ratio, loser_log_ratio)]
     statistics = {name: (both[0][name] + both[1][name]) / 2 for name in both[0]}
     winner, loser = (own["ratio"] for own in both)
-    statistics["ratio"] = torch.where((winner - 1).abs() > (loser - 1).abs(), winner, loser)
-    return -torch.nn.functional.logsigmoid(beta * margin), {**statistics, "preferred": (margin.detach() > 0).float()}
-
-
-def gaussian_kl(mean, other_mean, sigma):
-    """KL(N(mean, σ²) || N(other_mean, σ²)) = (mean - other_mean)² / 2σ², **averaged** over C, H, W -> (B,).
-
-    means (B, C, H, W), sigma (B, 1, 1, 1). Exact, where differences of sampled log-probabilities are estimates.
-    """
-    return ((mean - other_mean).square() / (2 * sigma**2)).mean(dim=(1, 2, 3))
+    statistics["ratio"] = winner.where((winner - 1).abs() > (loser - 1).abs(), loser)
+    return -logsigmoid(beta * margin), {**statistics, "preferred": (margin.detach() > 0).float()}
 
 
 def _statistics(log_ratio, clip_range=float("inf")):
@@ -77,3 +64,35 @@ def _statistics(log_ratio, clip_range=float("inf")):
         "clipped": ((ratio - 1).abs() > clip_range).float(),
         "approx_kl": log_ratio.square() / 2,
     }
+
+
+class Terms(typing.NamedTuple):
+    """What a loss may need of B transitions; tensors (B,)."""
+
+    log_prob: object  # under the current policy
+    old_log_prob: object  # under the one that sampled
+    advantage: object
+    rival_log_ratio: object = None  # of the loser's transitions, for preferences
+    kl: object = None  # to the pre-trained model
+
+
+class Algorithm(typing.NamedTuple):
+    """A loss and what it asks of the stage around it."""
+
+    loss: typing.Callable  # of Terms and config.train -> losses (B,), statistics
+    preference: bool = False  # compares a winner with a loser
+    on_policy: bool = False  # allows one update of everything, since after it the samples are another policy's
+    pretrained: bool = False  # needs the pre-trained model's transitions, and may subtract a learned baseline
+
+
+ALGORITHMS = {
+    "ddpo_is": Algorithm(lambda t, train: ddpo_is(t.log_prob, t.old_log_prob, t.advantage, train.clip_range)),
+    "ddpo_sf": Algorithm(lambda t, train: ddpo_sf(t.log_prob, t.old_log_prob, t.advantage), on_policy=True),
+    "dpok": Algorithm(
+        lambda t, train: dpok(t.log_prob, t.old_log_prob, t.advantage, train.clip_range, t.kl, train.kl_weight),
+        pretrained=True,
+    ),
+    "dpo": Algorithm(
+        lambda t, train: dpo(t.log_prob - t.old_log_prob, t.rival_log_ratio, train.dpo_beta), preference=True
+    ),
+}

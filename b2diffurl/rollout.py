@@ -1,114 +1,129 @@
-"""Branch-based sampling: denoise a group's prefix once, then branch (paper section 4.2)."""
+"""Branch-based sampling (paper section 4.2): a stage's groups, denoised along the forest that their plan is.
+
+The denoiser is asked once for every state, however many transitions leave it: the branches of a group share the
+prediction where they part.
+"""
 
 import dataclasses
 
 import torch
 
+from . import gaussian
 from .ahead import ahead
-from .ddim import gaussian_log_prob, transition
-from .guidance import guided_noise
+from .guidance import take
 from .noise import stream_noise
 
 
 @dataclasses.dataclass
-class Trajectories:
-    """What the interval's training needs of N images from R roots, each latent once. s is the interval's length."""
+class Rollout:
+    """M trained transitions between S states, every latent once: made by sampling, held by a file, read by updates."""
 
-    start_latents: torch.Tensor  # (R, C, H, W) where the branches part; image n starts at root n // (N / R)
-    latents: torch.Tensor  # (N, s, C, H, W) after each of the interval's steps
-    log_probs: torch.Tensor  # (N, s) float32, log p_old of each step
-    unet_evals: int  # latents that went through the UNet, both guidance halves counted
+    states: torch.Tensor  # (S, ...) latents
+    before: torch.Tensor  # (M,) the state that a transition leaves
+    after: torch.Tensor  # (M,) the state that it leads to
+    step: torch.Tensor  # (M,) the denoising step that it is
+    log_prob: torch.Tensor  # (M,) float32, averaged over the dimensions, under the policy that sampled
+    prompt: torch.Tensor  # (M,) row of the Conditioning that it was sampled with
+
+    def to(self, device):
+        """The same with its numbers on a device; what they are indexed by stays where it is."""
+        return dataclasses.replace(self, states=self.states.to(device), log_prob=self.log_prob.to(device))
 
 
-@dataclasses.dataclass
-class Sampler:
-    """The denoising policy: UNet, scheduler (after set_timesteps) and how they are run."""
+def assemble(plan, states, log_prob, prompt):
+    """The Rollout of G groups: states (G, plan.states, ...), log_prob (G, M/G) and prompt (G,) of each group."""
+    table, groups = plan.transitions, len(states)
+    first = torch.arange(groups)[:, None] * plan.states
+    return Rollout(
+        states=states.flatten(0, 1),
+        before=(first + torch.from_numpy(table.before)).flatten(),
+        after=(first + torch.from_numpy(table.after)).flatten(),
+        step=torch.from_numpy(table.step).repeat(groups),
+        log_prob=log_prob.flatten(),
+        prompt=prompt.repeat_interleave(len(table.step)),
+    )
 
-    unet: torch.nn.Module
-    scheduler: object
-    negative_embeds: torch.Tensor  # (1, L, D) of the empty prompt
-    guidance_scale: float
-    eta: float
-    batch_size: int  # images a UNet call; the call's batch is twice that
 
-    @property
-    def latent_shape(self):
-        """(C, H, W) of the UNet's latents."""
-        config = self.unet.config
-        return config.in_channels, config.sample_size, config.sample_size
+@torch.no_grad()
+def denoise(policy, latents, cond, noise, steps):
+    """Take the steps from latents (B, ...) with noise (B, len(steps), ...).
 
-    def initial(self, noise):
-        """x_T from standard normal noise (B, C, H, W), in the precision that latents are carried and stored in.
+    -> the state before the first and after each step [(B, ...)], and log-probabilities [(B,)]. Latents keep their
+    dtype; the log-probability is that of the rounded latent.
+    """
+    states, log_probs = [latents], []
+    for i, step in enumerate(steps):
+        index = torch.full((len(latents),), step, device=latents.device)
+        mean, sigma = policy.transition(states[-1], index, cond)
+        states.append((mean + sigma * noise[:, i]).to(latents.dtype))
+        log_probs.append(gaussian.log_prob(states[-1], mean, sigma))
+    return states, log_probs
 
-        That is float32, but float16 under a float16 UNet: half the disk, and a rounding of a twentieth of the last
-        step's σ. bfloat16 would round by half a σ there.
-        """
-        dtype = torch.float16 if self.unet.dtype == torch.float16 else torch.float32
-        return (noise * self.scheduler.init_noise_sigma).to(self.unet.device, dtype)
 
-    @torch.no_grad()
-    def denoise(self, latents, embeds, noise, steps):
-        """Run the step indices `steps` from latents (B, C, H, W) with noise (B, len(steps), C, H, W).
+@torch.no_grad()
+def sample(policy, plan, cond, seeds, batch_size, on_batch):
+    """Denoise G groups along the plan -> states (G, plan.states, ...) and log-probabilities (G, M/G), on the CPU.
 
-        -> latents after each step (B, len(steps), C, H, W) and log-probs (B, len(steps)). Latents keep their dtype; the
-        log-probability is that of the rounded latent.
-        """
-        negative = self.negative_embeds.expand(len(latents), -1, -1)
-        noise = noise.to(latents.device, non_blocking=True)
-        path, log_probs = [], []
-        for i, step in enumerate(steps):
-            timesteps = self.scheduler.timesteps[step].expand(len(latents))
-            predicted = guided_noise(self.unet, latents, timesteps, embeds, negative, self.guidance_scale)
-            mean, sigma = transition(self.scheduler, predicted, timesteps, latents, self.eta)
-            latents = (mean + sigma * noise[:, i]).to(latents.dtype)
-            path.append(latents)
-            log_probs.append(gaussian_log_prob(latents, mean, sigma))
-        return torch.stack(path, 1), torch.stack(log_probs, 1)
+    cond: Conditioning (G, ...). seeds: for every level those of its G·nodes noise streams. Nodes of any groups share
+    calls of the denoiser, batch_size of them per call. on_batch(first, final) gets the finished latents (B, ...) of the
+    images first….
+    """
+    states, log_probs, forks = [], [], None
+    for level, own in enumerate(plan.levels):
+        noise = _noise(policy, seeds[level], own.last - own.first + 1, batch_size)
+        latents, trained, ends, groups = [], [], [], len(seeds[level]) // own.nodes
+        for first, path, densities, end in _walk(policy, own, cond, noise, forks):
+            if own.last == plan.steps:
+                on_batch(first, path[-1])
+            else:
+                ends.append(end())
+            latents.append(_last(path, plan.stored(level)))
+            trained.append(_last(densities, plan.trained(level)))
+        if plan.stored(level):
+            states.append(torch.cat(latents).unflatten(0, (groups, own.nodes)).flatten(1, 2))
+        if plan.trained(level):
+            log_probs.append(torch.cat(trained).view(groups, -1))
+        forks = [torch.cat(parts) for parts in zip(*ends, strict=True)]
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize()
+    return torch.cat(states, 1), torch.cat(log_probs, 1)
 
-    @torch.no_grad()
-    def sample(self, embeds, root_seeds, branch_seeds, interval, on_batch):
-        """Denoise each root's steps 0..start-1 once and each of its branches' steps start..stop-1.
 
-        embeds: (R, L, D), a prompt for each root. root_seeds: R noise streams, which give x_T and the prefix's noise.
-        branch_seeds: N = R x fan-out streams, roots in order. interval: (start, T). Images of any roots share
-        UNet batches. on_batch(first, final) gets the finished latents (B, C, H, W) of images first…;
-        Trajectories come back on the CPU.
-        """
-        start, stop = interval
-        device = self.unet.device
-        starts = []
-        for first, noise in self._noise(root_seeds, start + 1):
-            latents = self.initial(noise[:, 0])
-            if start:
-                own = embeds[first : first + len(noise)]
-                latents = self.denoise(latents, own, noise[:, 1:], range(start))[0][:, -1]
-            starts.append(latents)
-        starts = torch.cat(starts)
-        fan_out = len(branch_seeds) // len(root_seeds)
-        root = torch.arange(len(branch_seeds), device=device) // fan_out
-        paths, log_probs = [], []
-        for first, noise in self._noise(branch_seeds, stop - start):
-            rows = root[first : first + len(noise)]
-            path, log_prob = self.denoise(starts[rows], embeds[rows], noise, range(start, stop))
-            on_batch(first, path[:, -1])
-            paths.append(path.to("cpu", non_blocking=True))
-            log_probs.append(log_prob.to("cpu", non_blocking=True))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return Trajectories(
-            start_latents=starts.cpu(),
-            latents=torch.cat(paths),
-            log_probs=torch.cat(log_probs),
-            unet_evals=2 * (start * len(root_seeds) + (stop - start) * len(branch_seeds)),
-        )
+def _walk(policy, level, cond, batches, forks):
+    """Denoise a level's nodes, batch by batch.
 
-    def _noise(self, seeds, steps):
-        """(first image, noise (B, steps, C, H, W)) of every batch; the next one is drawn while the last is used."""
+    -> number of the first node, [states (B, ...)] at the level's times, [log-probabilities (B,)] of the steps to them,
+    and a function to ask for mean and σ of the step at the fork where the level ends. forks: mean and σ of the fork
+    from which the level's first states are drawn, of all nodes above; empty at the roots.
+    """
+    for first, noise in batches:
+        nodes = torch.arange(first, first + len(noise), device=policy.device)
+        given, noise, densities = take(cond, nodes // level.nodes), noise.to(policy.device, non_blocking=True), []
+        if forks:
+            mean, sigma = (parts[nodes // level.fan_out] for parts in forks)
+            latents = (mean + sigma * noise[:, 0]).to(policy.latent_dtype)
+            densities.append(gaussian.log_prob(latents, mean, sigma))
+        else:
+            latents = policy.initial(noise[:, 0])
+        path, walked = denoise(policy, latents, given, noise[:, 1:], range(level.first, level.last))
 
-        def draw(first):
-            noise = torch.stack(
-                [stream_noise(seed, steps, self.latent_shape) for seed in seeds[first : first + self.batch_size]]
-            )
-            return first, noise.pin_memory() if self.unet.device.type == "cuda" else noise
+        def end(latents=path[-1], given=given):
+            return policy.transition(latents, torch.full((len(latents),), level.last, device=policy.device), given)
 
-        return ahead(draw, range(0, len(seeds), self.batch_size))
+        yield first, path, densities + walked, end
+
+
+def _last(parts, count):
+    """The last `count` of a batch's tensors [(B, ...)] -> (B, count, ...), on the CPU."""
+    return torch.stack(parts[len(parts) - count :], 1).to("cpu", non_blocking=True) if count else None
+
+
+def _noise(policy, seeds, draws, batch_size):
+    """(first node, noise (B, draws, ...)) of every batch; the next one is drawn while the last is used."""
+
+    def draw(first):
+        shape = policy.family.latent_shape
+        noise = torch.stack([stream_noise(seed, draws, shape) for seed in seeds[first : first + batch_size]])
+        return first, noise.pin_memory() if policy.device.type == "cuda" else noise
+
+    return ahead(draw, range(0, len(seeds), batch_size))

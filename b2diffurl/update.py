@@ -1,259 +1,210 @@
-"""The policy update: batched (sample, step) pairs, exact gradient accumulation, one optimiser step an update."""
+"""The policy update: exact gradient accumulation over transitions, one optimiser step per update.
+
+`train` is config.train everywhere; nothing else of the configuration is read.
+"""
 
 import dataclasses
 
 import torch
 
-from .ddim import gaussian_log_prob, prediction_gain, transition
-from .guidance import guided_noise
-from .losses import ddpo_is, ddpo_sf, dpo, dpok, gaussian_kl
+from . import gaussian
+from .experience import rows_of
+from .first_pass import check_first_pass
+from .guidance import take
+from .losses import ALGORITHMS, Terms
+from .policy import Policy
 from .run import processes
 
 
 @dataclasses.dataclass
-class Pairs:
-    """n selected trajectories of s steps, on the training device; a pair is (trajectory, step).
+class Learner:
+    """What an update changes."""
 
-    For dpo the first n/2 trajectories are the winners, and trajectory i + n/2 is the loser that i is compared with.
+    policy: Policy
+    optimizer: torch.optim.Optimizer  # over the LoRA alone
+    headroom: float = 1.0  # of the loss scale: falls where an update overflows in float16
+
+    @property
+    def parameters(self):
+        """The LoRA's, in the optimiser's order."""
+        return self.optimizer.param_groups[0]["params"]
+
+
+def split_updates(order, size):
+    """Cut an epoch's shuffled sample indices into the fewest updates of at most `size`, of even size.
+
+    With 130 samples and 128 per update: 65 and 65. Every sample is in exactly one update of its epoch: no remainder is
+    dropped, carried over or given an update of its own that is much smaller than the others.
     """
-
-    latents: torch.Tensor  # (n, s + 1, C, H, W): x before the first step, then after each
-    log_probs: torch.Tensor  # (n, s) of the policy that sampled
-    timesteps: torch.Tensor  # (s,)
-    advantages: torch.Tensor  # (n,)
-    embeds: torch.Tensor  # (n, L, D)
-    negative_embeds: torch.Tensor  # (1, L, D)
-    pretrained_means: torch.Tensor | None = None  # (n, s, C, H, W) of the base model's transitions, for dpok
-    baselines: torch.Tensor | None = None  # (n, s) to subtract from the advantages, for dpok
-
-
-def split_updates(order, trajectories_per_update):
-    """Cut an epoch's shuffled sample indices into the fewest updates of at most that many, of even size.
-
-    With 130 samples and 128 an update: 65 and 65.
-    Every sample is in exactly one update of its epoch: no remainder is dropped, carried over or given an update of its
-    own that is much smaller than the others.
-    """
-    count = -(-len(order) // trajectories_per_update)
+    count = -(-len(order) // size)
     return [chunk for chunk in torch.tensor_split(order, count) if len(chunk)] if count else []
 
 
-def update_size(config, count):
-    """(samples, most samples an update) of a stage with `count` selected trajectories.
-
-    A sample is a trajectory; for dpo it is a winner with its loser, two trajectories.
-    """
-    per_update = config.train.trajectories_per_update
-    return (count // 2, max(1, per_update // 2)) if config.train.algorithm == "dpo" else (count, per_update)
+def update_size(train):
+    """Most samples per update: trajectories_per_update; a preference is a sample of two trajectories."""
+    return max(1, train.trajectories_per_update // (2 if ALGORITHMS[train.algorithm].preference else 1))
 
 
-def count_updates(config, count):
-    """{config.train.accumulate_over: how many updates the stage has under it}."""
-    samples, per_update = update_size(config, count)
-    epochs = config.train.num_epochs
-    if config.train.algorithm == "ddpo_sf":
-        return {"epoch": 1, "stage": 1}
-    return {"epoch": epochs * -(-samples // per_update), "stage": epochs * samples // per_update}
+def count_updates(train, samples):
+    """{train.accumulate_over: how many updates a stage with so many samples has under it}."""
+    if ALGORITHMS[train.algorithm].on_policy or not samples:
+        return dict.fromkeys(("epoch", "stage"), min(1, samples))
+    size, epochs = update_size(train), train.num_epochs
+    return {"epoch": epochs * -(-samples // size), "stage": epochs * samples // size}
 
 
-def plan_updates(config, count, generator):
+def cut_updates(train, samples, generator):
     """The stage's updates, in order: [indices of the samples whose mean gradient makes an update].
 
-    config.train.accumulate_over: "epoch" cuts every shuffled epoch by itself, with split_updates. "stage" is the
-    authors' accumulation: always trajectories_per_update samples, which runs on from epoch to epoch, and what is left
-    at the stage's end is dropped; so a stage with few samples can have no update at all. ddpo_sf makes one update of
-    everything, once: after it the samples are no longer the policy's own.
+    train.accumulate_over: "epoch" cuts every shuffled epoch by itself, with split_updates. "stage" is the authors'
+    accumulation: always update_size samples, which runs on from epoch to epoch, and what is left at the stage's end is
+    dropped; so a stage with few samples can have no update at all. On-policy algorithms make one update of everything.
     """
-    samples, per_update = update_size(config, count)
-    if config.train.algorithm == "ddpo_sf":
+    if ALGORITHMS[train.algorithm].on_policy:
         return [torch.arange(samples)]
-    orders = [torch.randperm(samples, generator=generator) for _ in range(config.train.num_epochs)]
-    if config.train.accumulate_over == "epoch":
-        return [chosen for order in orders for chosen in split_updates(order, per_update)]
-    return [chosen for chosen in torch.cat(orders).split(per_update) if len(chosen) == per_update]
+    orders, size = [torch.randperm(samples, generator=generator) for _ in range(train.num_epochs)], update_size(train)
+    if train.accumulate_over == "epoch":
+        return [chosen for order in orders for chosen in split_updates(order, size)]
+    return [chosen for chosen in torch.cat(orders).split(size) if len(chosen) == size]
 
 
-def step_distribution(unet, scheduler, pairs, rows, steps, config):
-    """Mean (B, C, H, W) and σ (B, 1, 1, 1) of the transitions (rows[b], steps[b]) under the UNet as it is."""
-    latents, timesteps = pairs.latents[rows, steps], pairs.timesteps[steps]
-    negative = pairs.negative_embeds.expand(len(rows), -1, -1)
-    predicted = guided_noise(unet, latents, timesteps, pairs.embeds[rows], negative, config.sample.guidance_scale)
-    return transition(scheduler, predicted, timesteps, latents, config.sample.eta)
+def transitions_of(policy, experience, rows):
+    """Mean and σ of the rollout's transitions `rows` (B,) under the policy, and how many states were asked about.
+
+    Each state is asked about once, however many of the transitions leave it.
+    """
+    rollout, first, before = experience.rollout, {}, experience.rollout.before[rows].tolist()
+    for place, state in enumerate(before):
+        first.setdefault(state, place)
+    asked = rows[[*first.values()]]
+    given = take(experience.cond, rollout.prompt[asked])
+    mean, sigma = policy.transition(rollout.states[rollout.before[asked]], rollout.step[asked], given)
+    if len(asked) < len(rows):
+        place = {state: place for place, state in enumerate(first)}
+        again = [place[state] for state in before]
+        mean, sigma = mean[again], sigma[again]
+    return mean, sigma, len(asked)
 
 
 @torch.no_grad()
-def pretrained_means(unet, scheduler, pairs, config):
-    """The base model's transition means (n, s, C, H, W) at the pairs' latents: the UNet without its LoRA."""
-    count, length = pairs.log_probs.shape
-    means = torch.zeros_like(pairs.latents[:, 1:], dtype=torch.float32)
-    unet.disable_adapters()
-    mine = torch.arange(count * length, device=means.device)[processes.part(count * length)]
-    for part in mine.split(config.train.batch_size) if len(mine) else ():
-        rows, steps = part // length, part % length
-        means[rows, steps] = step_distribution(unet, scheduler, pairs, rows, steps, config)[0]
-    unet.enable_adapters()
+def pretrained_means(policy, experience, batch_size):
+    """Means (n, ...) of the experience's transitions under the base model, and how many states were asked about."""
+    means = experience.rollout.states.new_zeros(len(experience.row), *experience.rollout.states.shape[1:]).float()
+    states, asked = rows_of(experience, torch.arange(experience.samples)), 0
+    mine = states[processes.share(len(states))]
+    with policy.pretrained():
+        for first in range(0, len(mine), batch_size):
+            chosen = torch.tensor([row for state in mine[first : first + batch_size] for row in state])
+            means[chosen], _, evaluated = transitions_of(policy, experience, experience.row[chosen])
+            asked += evaluated
     processes.sum_([means])
-    return means
+    return means, sum(processes.gather(asked))
 
 
-def pair_loss(unet, scheduler, pairs, rows, steps, config):
-    """The loss (B,) of the pairs (rows[b], steps[b]) under the current LoRA, and its statistics (B,)."""
-    train = config.train
-    if train.algorithm == "dpo":
-        rows, steps = torch.cat([rows, rows + len(pairs.latents) // 2]), torch.cat([steps, steps])
-    following = pairs.latents[rows, steps + 1]
-    mean, sigma = step_distribution(unet, scheduler, pairs, rows, steps, config)
-    dimensions = following[0].numel() if train.log_prob == "sum" else 1
-    log_prob = gaussian_log_prob(following, mean, sigma) * dimensions
-    old, advantages = pairs.log_probs[rows, steps] * dimensions, pairs.advantages[rows]
-    if train.algorithm == "ddpo_is":
-        return ddpo_is(log_prob, old, advantages, train.clip_range)
-    if train.algorithm == "ddpo_sf":
-        return ddpo_sf(log_prob, old, advantages)
-    if train.algorithm == "dpo":
-        return dpo(*(log_prob - old).chunk(2), train.dpo_beta)
-    if pairs.baselines is not None:
-        advantages = advantages - pairs.baselines[rows, steps]
-    kl = gaussian_kl(mean, pairs.pretrained_means[rows, steps], sigma) * dimensions
-    return dpok(log_prob, old, advantages, train.clip_range, kl, train.kl_weight)
+def losses_of(policy, experience, chosen, train):
+    """Losses (B,) of the experience's rows `chosen` under the policy, their statistics (B,), and states asked about."""
+    rollout, rows = experience.rollout, experience.row[chosen]
+    if experience.rival is not None:
+        rows = torch.cat([rows, experience.rival[chosen]])
+    mean, sigma, states = transitions_of(policy, experience, rows)
+    dimensions = experience.dimensions if train.log_prob == "sum" else 1
+    log_prob = gaussian.log_prob(rollout.states[rollout.after[rows]], mean, sigma) * dimensions
+    old, kl, rival, count = rollout.log_prob[rows] * dimensions, None, None, len(chosen)
+    advantage = experience.advantage[chosen]
+    if experience.baseline is not None:
+        advantage = advantage - experience.baseline[chosen]
+    if experience.pretrained_mean is not None:
+        kl = gaussian.kl(mean, experience.pretrained_mean[chosen], sigma) * dimensions
+    if experience.rival is not None:
+        rival = (log_prob - old)[count:]
+    terms = Terms(log_prob[:count], old[:count], advantage, rival, kl)
+    return *ALGORITHMS[train.algorithm].loss(terms, train), states
 
 
-class PolicyMismatch(ValueError):
-    """The first pass over a stage's samples does not find the densities that sampling stored."""
+def loss_scale(policy, experience, count, train):
+    """Factor for the backward pass of an update of `count` transitions: 1, or large where float16 computes.
 
-
-LOG_PROB_ROUNDING = 1e-6  # of a float32 log-probability a dimension, which is 1 to 4: four units in its last place
-MOST_CLIPPED = 0.05  # of a first update's transitions: so many gradients may rounding alone take away
-ROUNDING = {  # the most that kernels, batch sizes and devices may move a guided prediction, in its standard deviations
-    "no": 1e-4,
-    "tf32": 0.05,
-    "fp16": 0.1,
-    "bf16": 0.5,
-}  # about 7 times (no: 14) what another order of every layer's sums does at the worst step (docs/precision.md)
-
-
-def precision_of(config):
-    """The key of ROUNDING: config.mixed_precision, or "tf32" where float32 products are made of it."""
-    tf32 = config.mixed_precision == "no" and config.allow_tf32 and torch.cuda.is_available()
-    return "tf32" if tf32 else config.mixed_precision
-
-
-def prediction_error(log_ratios, gain, dimensions):
-    """How far, in its standard deviations, the prediction is off the one that sampled: a scalar, float64.
-
-    log_ratios: of transitions of one step, averaged over the latent's D dimensions. A prediction that is off by r at
-    random shifts the mean by g r standard deviations σ, g being ddim.prediction_gain; so a log-ratio is Gaussian with
-    mean -(g r)²/2 and variance (g r)²/D, and its second moment gives r, whatever the step and the size of the latent.
-    What rounding the stored log-probability leaves by itself is taken off: divided by g/√D it would pass for an r.
+    A transition's log-probability is a mean over the latent and the loss one over the transitions: at SD's size their
+    product puts the gradient at the denoiser's output below float16's smallest number. The factor takes both out, but
+    for headroom.
     """
-    moment = (log_ratios.double().square().mean() - LOG_PROB_ROUNDING**2).clamp(min=0)
-    shift = 2 * ((dimensions**-2 + moment).sqrt() - 1 / dimensions)
-    return (shift.sqrt() / gain).item()
+    dimensions = 1 if train.log_prob == "sum" else experience.dimensions
+    return count * dimensions / 8 if policy.denoiser.dtype == torch.float16 else 1.0
 
 
-def check_first_pass(statistics, steps, timesteps, gains, dimensions, config):
-    """Raise PolicyMismatch if the first update's densities are not those that were stored, or are no use to it.
+def accumulate(learner, experience, samples, train, generator, scale=1.0):
+    """Put the gradient of the mean loss over all transitions of the samples into the LoRA.
 
-    -> the largest prediction error of a step. statistics: of accumulate, before any update, of transitions (pairs,) at
-    the step indices `steps`; timesteps and gains (s,). Judged by step, over all its transitions, since a single one's
-    ratio says little: the prediction may be off by rounding alone, and its clip may take away few gradients by that.
+    The transitions are shuffled over samples and steps, those of one state together, shared among the processes and cut
+    into calls; each call's sum is divided by the number of transitions in the whole update and the processes' gradients
+    are added, so that the gradient is that of a one-by-one loop, whatever train.batch_size and the number of processes,
+    but for rounding. scale: of the backward pass, taken out of the gradients at its end.
+    -> statistics {name: (transitions,)}, their step among them, and how many states the denoiser was asked about.
     """
-    scale = dimensions if config.train.log_prob == "sum" else 1
-    log_ratios, precision = statistics["ratio"].double().log() / scale, precision_of(config)
-    errors = {
-        int(k): prediction_error(log_ratios[steps == k], gains[int(k)].item(), dimensions) for k in steps.unique()
-    }
-    worst = max(errors, key=errors.get)
-    if not errors[worst] <= ROUNDING[precision]:
-        raise PolicyMismatch(
-            f"at t={int(timesteps[worst])} the prediction is off the one that sampled by {errors[worst]:.2g} standard "
-            f"deviations, where rounding explains {ROUNDING[precision]:g}: the samples are not this policy's. Delete "
-            "the stage's folder and run all its steps again, in one precision and on one kind of device"
-        )
-    clipped = statistics["clipped"]
-    if clipped.mean() > MOST_CLIPPED:
-        by_step = {int(k): clipped[steps == k].mean().item() for k in steps.unique()}
-        most = max(by_step, key=by_step.get)
-        raise PolicyMismatch(
-            f"rounding alone takes {clipped.mean():.0%} of the first update's ratios beyond "
-            f"config.train.clip_range={config.train.clip_range:g}, {by_step[most]:.0%} at t={int(timesteps[most])}. "
-            "Give a larger one, or config.mixed_precision=no with config.allow_tf32=False"
-        )
-    return max(errors.values())
-
-
-def loss_scale(unet, pairs, count, config):
-    """Factor for the backward pass of an update of `count` pairs: 1, or large where the UNet computes in float16.
-
-    A pair's log-probability is a mean over C·H·W and the loss one over the pairs: at SD's size their product puts the
-    gradient at the UNet's output below float16's smallest number. The factor takes both out, but for headroom.
-    """
-    dimensions = 1 if config.train.log_prob == "sum" else pairs.latents[0, 0].numel()
-    return count * dimensions / 8 if unet.dtype == torch.float16 else 1.0
-
-
-def accumulate(unet, scheduler, pairs, chosen, config, generator, scale=1.0):
-    """Put the gradient of the mean loss over all steps of the chosen samples into the LoRA; -> statistics.
-
-    The pairs are shuffled over samples and steps, shared among the processes and cut into UNet batches; each batch's
-    sum is divided by the number of pairs in the whole update and the processes' gradients are added, so that the
-    gradient is that of a one-by-one loop, whatever config.train.batch_size and the number of processes, but for
-    rounding. scale: of the backward pass, taken out of the gradients at its end. Statistics: {name: (pairs,)}, their
-    "step" among them.
-    """
-    length = len(pairs.timesteps)
-    order = torch.randperm(len(chosen) * length, generator=generator).to(pairs.latents.device)
-    chosen = chosen.to(order.device)
-    collected = {}
-    per_call = max(1, config.train.batch_size // (2 if config.train.algorithm == "dpo" else 1))
-    mine = order[processes.part(len(order))]
-    for part in mine.split(per_call) if len(mine) else ():
-        loss, statistics = pair_loss(unet, scheduler, pairs, chosen[part // length], part % length, config)
-        (loss.sum() * (scale / len(order))).backward()
-        for name, value in {"loss": loss.detach(), "step": part % length, **statistics}.items():
+    collected, asked = {}, 0
+    states = rows_of(experience, samples)
+    order = torch.randperm(len(states), generator=generator)
+    count, per_call = sum(map(len, states)), max(1, train.batch_size // (1 if experience.rival is None else 2))
+    mine = order[processes.share(len(order))]
+    for call in mine.split(per_call) if len(mine) else ():
+        chosen = torch.tensor([row for state in call.tolist() for row in states[state]])
+        loss, statistics, evaluated = losses_of(learner.policy, experience, chosen, train)
+        (loss.sum() * (scale / count)).backward()
+        asked += evaluated
+        step = experience.rollout.step[experience.row[chosen]]
+        for name, value in {"loss": loss.detach(), "step": step, **statistics}.items():
             collected.setdefault(name, []).append(value)
-    gradients = []
-    for parameter in unet.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / scale
-            gradients.append(parameter.grad)
-    processes.sum_(gradients)
-    found = processes.gather({name: torch.cat(parts).cpu() for name, parts in collected.items()})
-    return {name: torch.cat([own[name] for own in found if own]) for name in next(filter(None, found))}
+    for parameter in learner.parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / scale
+    processes.sum_([parameter.grad for parameter in learner.parameters])
+    own = {name: torch.cat(parts).cpu() for name, parts in collected.items()}
+    found = processes.gather((own, asked))
+    names = next(own for own, _ in found if own)
+    return {name: torch.cat([own[name] for own, _ in found if own]) for name in names}, sum(n for _, n in found)
 
 
-def train_updates(unet, scheduler, optimizer, parameters, pairs, config, generator, on_update, headroom=1.0):
-    """Run the stage's updates over the pairs; on_update(statistics, gradient norm) after every optimiser step.
+def train_updates(learner, experience, train, generator, on_update):
+    """Run the stage's updates; on_update(statistics, gradient norm) after every optimiser step.
 
-    -> how many transitions went through the UNet, those of repeated and of refused updates included, and the headroom
-    of the loss scale, for the next stage. An update that overflows in float16 is repeated with a sixteenth of it.
-    Raises FloatingPointError before any other non-finite gradient reaches the weights. Where config.train.target_kl is
-    above 0, the stage ends before the first update that finds the mean approx_kl above it; the first update, which only
-    rounding keeps from 0, is always made. Raises PolicyMismatch before the first update: see check_first_pass.
+    -> how many states the denoiser was asked about, those of repeated and of refused updates included. An update that
+    overflows in float16 is repeated with a sixteenth of the learner's headroom. Raises FloatingPointError before any
+    other non-finite gradient reaches the weights. Where train.target_kl is above 0, the stage ends before the first
+    update that finds the mean approx_kl above it; the first update, which only rounding keeps from 0, is always made.
+    Raises PolicyMismatch before the first update: see first_pass.py.
     """
-    seen, dimensions = 0, pairs.latents[0, 0].numel()
-    for made, chosen in enumerate(plan_updates(config, len(pairs.advantages), generator)):
+    asked, optimizer = 0, learner.optimizer
+    for made, samples in enumerate(cut_updates(train, experience.samples, generator)):
+        count = int(experience.sizes[samples].sum())
         while True:
-            scale = max(1.0, headroom * loss_scale(unet, pairs, len(chosen) * len(pairs.timesteps), config))
-            statistics = accumulate(unet, scheduler, pairs, chosen, config, generator, scale)
-            steps = statistics.pop("step")
-            seen += len(statistics["loss"]) * (2 if config.train.algorithm == "dpo" else 1)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+            scale = max(1.0, learner.headroom * loss_scale(learner.policy, experience, count, train))
+            statistics, evaluated = accumulate(learner, experience, samples, train, generator, scale)
+            asked += evaluated
+            norm = torch.nn.utils.clip_grad_norm_(learner.parameters, train.max_grad_norm)
             if torch.isfinite(norm):
                 break
             if scale == 1:
                 raise FloatingPointError("the gradient is not finite")
-            headroom /= 16
+            learner.headroom /= 16
             optimizer.zero_grad()
         if not made:
-            gains = prediction_gain(scheduler, pairs.timesteps, config.sample.eta)
-            statistics["prediction_error"] = torch.tensor(
-                check_first_pass(statistics, steps, pairs.timesteps, gains, dimensions, config)
-            )
-        elif 0 < config.train.target_kl < statistics["approx_kl"].mean():
+            error = check_first_pass(statistics, learner.policy, experience.dimensions, train)
+            statistics["prediction_error"] = torch.tensor(error)
+        elif 0 < train.target_kl < statistics["approx_kl"].mean():
             optimizer.zero_grad()
             break
         optimizer.step()
         optimizer.zero_grad()
+        del statistics["step"]
         on_update(statistics, norm.item())
-    return seen, headroom
+    return asked
+
+
+def build_optimizer(train, parameters, left=1.0):
+    """AdamW over the LoRA's parameters, {name: float32 parameter}; left: the learning rate's share that is left."""
+    return torch.optim.AdamW(
+        parameters.values(),
+        lr=train.learning_rate * left,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.adam_weight_decay,
+    )

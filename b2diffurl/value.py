@@ -5,7 +5,6 @@ import math
 import torch
 
 from . import adam
-from .run import storage
 
 WIDTH = 256
 FREQUENCIES = 16
@@ -39,51 +38,46 @@ class Baseline:
     clip makes it a heuristic.
     """
 
-    def __init__(self, config, unet):
-        latent_size = unet.config.in_channels * unet.config.sample_size**2
+    def __init__(self, config, policy):
+        embed_size = policy.negative["encoder_hidden_states"].shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.network = ValueNetwork(latent_size, unet.config.cross_attention_dim).to(unet.device)
+            self.network = ValueNetwork(math.prod(policy.family.latent_shape), embed_size).to(policy.device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.train.value_learning_rate)
         self.batch_size = config.train.trajectories_per_update
+        self.kernel = policy.kernel
 
-    def predict(self, pairs, rows, steps):
-        """V of the pairs (rows[b], steps[b]) -> (B,)."""
-        return self.network(pairs.latents[rows, steps], pairs.timesteps[steps], pairs.embeds[rows])
+    def predict(self, experience, chosen):
+        """V of the states that the experience's rows `chosen` leave -> (B,)."""
+        rollout, rows = experience.rollout, experience.row[chosen]
+        embeds = experience.cond["encoder_hidden_states"][rollout.prompt[rows]]
+        return self.network(rollout.states[rollout.before[rows]], self.kernel.time(rollout.step[rows]), embeds)
 
     @torch.no_grad()
-    def of(self, pairs):
-        """V of all pairs -> (n, s)."""
-        rows, steps = _all(pairs)
-        parts = zip(rows.split(self.batch_size), steps.split(self.batch_size), strict=True)
-        return torch.cat([self.predict(pairs, r, k) for r, k in parts]).view(pairs.log_probs.shape)
+    def of(self, experience):
+        """V of all rows -> (n,)."""
+        everything = torch.arange(len(experience.row))
+        return torch.cat([self.predict(experience, part) for part in everything.split(self.batch_size)])
 
-    def fit(self, pairs, epochs, generator):
-        """Regress V on the pairs' advantages; -> mean squared error of the last epoch."""
-        rows, steps = _all(pairs)
+    def fit(self, experience, epochs, generator):
+        """Regress V on the rows' advantages -> mean squared error of the last epoch."""
+        count = len(experience.row)
         for _ in range(epochs):
-            order, total = torch.randperm(len(rows), generator=generator).to(rows.device), 0.0
-            for part in order.split(self.batch_size):
-                error = self.predict(pairs, rows[part], steps[part]) - pairs.advantages[rows[part]]
+            total = 0.0
+            for part in torch.randperm(count, generator=generator).split(self.batch_size):
+                error = self.predict(experience, part) - experience.advantage[part]
                 error.square().mean().backward()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 total += error.detach().square().sum().item()
-        return total / len(rows)
+        return total / count
 
-    def save(self, path):
-        """The network and Adam's state, one safetensors file."""
+    def state(self):
+        """{name: tensor} of the network and of Adam's moments."""
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        storage.write_tensors(path, tensors | adam.state_of(self.optimizer, dict(self.network.named_parameters())))
+        return tensors | adam.state_of(self.optimizer, dict(self.network.named_parameters()))
 
-    def load(self, path):
-        """Put back what save wrote. Raises UserError for a file that is missing or broken."""
-        stored = storage.read_tensors(path, "run_train.py")
+    def restore(self, stored):
+        """Put back what state gave."""
         self.network.load_state_dict({name: stored[f"network.{name}"] for name in self.network.state_dict()})
         adam.restore(self.optimizer, dict(self.network.named_parameters()), stored)
-
-
-def _all(pairs):
-    count, length = pairs.log_probs.shape
-    everything = torch.arange(count * length, device=pairs.latents.device)
-    return everything // length, everything % length

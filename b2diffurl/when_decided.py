@@ -10,8 +10,10 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from . import models
+from . import rollout
+from .models import Models
 from .noise import draw_prompts, stream_seed
+from .plan import Plan
 from .run import storage
 from .run.command import run_main
 from .run.config import read_prompts
@@ -22,15 +24,14 @@ GUIDANCE = (2.0, 5.0)
 
 def main(config, out, checkpoint):
     """Branch config.sample.groups groups at every second step, at two guidance scales, by the base model or a LoRA."""
-    loaded, out = models.Models(config), pathlib.Path(out)
+    loaded, out = Models(config), pathlib.Path(out)
     prompts = read_prompts(config.prompts.train)
     chosen = draw_prompts(config.evaluate.seed, "splits", len(prompts), config.sample.groups)
-    embeds, rows = loaded.embed(prompts)[chosen].to(models.device()), []
+    own, rows = [prompts[index] for index in chosen for _ in range(config.sample.branches)], []
     for config.sample.guidance_scale in GUIDANCE:
-        sampler = loaded.sampler(checkpoint or None)
+        policy = loaded.policy(checkpoint or None)
         for left in range(config.sample.num_steps, 0, -2):
-            images = branch(config, sampler, loaded.vae, embeds, left)
-            own = [prompts[index] for index in chosen for _ in range(config.sample.branches)]
+            images = branch(config, policy, [prompts[index] for index in chosen], left)
             rows.append({"guidance": config.sample.guidance_scale, "steps_left": left})
             with loaded.scoring() as reward:
                 scores = reward.score(images, own)[0].reshape(config.sample.groups, -1)
@@ -46,18 +47,23 @@ def main(config, out, checkpoint):
     draw(rows, out / "when_decided.png")
 
 
-def branch(config, sampler, vae, embeds, left):
-    """PIL images of groups that branch with `left` steps to go; the noise is the evaluation's, never training's."""
-    seed, groups = config.evaluate.seed, range(len(embeds))
-    roots = [stream_seed(seed, "splits", group, "prefix") for group in groups]
-    branches = [stream_seed(seed, "splits", group, k) for group in groups for k in range(config.sample.branches)]
-    images = []
+def branch(config, policy, prompts, left):
+    """PIL images of one group per prompt that branches with `left` steps to go.
+
+    The noise is the evaluation's, never training's.
+    """
+    steps, images = config.sample.num_steps, []
+    plan = Plan(steps, steps - left, 1, ((steps - left, config.sample.branches),))
+    seeds = [
+        [stream_seed(config.evaluate.seed, "splits", group, name) for group in range(len(prompts)) for name in names]
+        for names in plan.streams()
+    ]
 
     def on_batch(first, latents):
-        images.extend(Image.fromarray(picture.numpy()) for picture in models.decode(vae, latents).cpu())
+        images.extend(Image.fromarray(picture.numpy()) for picture in policy.family.decode(latents).cpu())
 
-    steps = config.sample.num_steps
-    sampler.sample(embeds, roots, branches, (steps - left, steps), on_batch)
+    cond = {name: tensor.to(policy.device) for name, tensor in policy.family.embed(prompts).items()}
+    rollout.sample(policy, plan, cond, seeds, config.sample.batch_size, on_batch)
     return images
 
 

@@ -26,17 +26,19 @@ def sdv1_4():
     config.mixed_precision = "fp16"  # fp16 | bf16 | no, of the frozen models; LoRA, log-probs, rewards are float32, the
     # VAE is bf16 under fp16, which it overflows
     config.allow_tf32 = True  # on a GPU, where mixed_precision is "no": faster, 10 bits of mantissa; rewards never
-    config.one_process = True  # run_process.sh: all steps in one warm process a GPU; False: each step in its own
+    config.one_process = True  # run_process.sh: all steps in one warm process per GPU; False: each step in its own
     config.log_with = ""  # "wandb" also sends every metrics line there; "" does not
 
     config.keep = ml_collections.ConfigDict()  # of how many stages, the latest ones, these stay on disk; 0: of all
-    config.keep.images = 10  # images/; 0.5 to 0.7 GB a stage here
-    config.keep.trajectories = 2  # samples.safetensors; 0.6 to 0.8 GiB a stage here under fp16, twice that otherwise
+    config.keep.images = 10  # images/; 0.5 to 0.7 GB per stage here
+    config.keep.trajectories = 2  # samples.safetensors; 0.6 to 0.8 GiB per stage here under fp16, twice that otherwise
     config.keep.optimiser = 2  # checkpoint_0 and AdamW's state; the LoRA after a stage always stays
 
     config.pretrained = ml_collections.ConfigDict()
     config.pretrained.model = "CompVis/stable-diffusion-v1-4"  # a hub id or a local pipeline folder
-    config.pretrained.revision = ""  # of the hub id; "": the commit of SD v1.4 that models.py names, main of others
+    config.pretrained.revision = (
+        ""  # of the hub id; "": the commit of SD v1.4 that families/loading.py names, main of others
+    )
 
     config.prompts = ml_collections.ConfigDict()
     config.prompts.train = "prompts/template1_train.json"  # JSON array of strings [prompt_file]
@@ -47,19 +49,21 @@ def sdv1_4():
     config.schedule.stage_count = 100  # stages in the run [StageCnt in run_process.sh]
     config.schedule.left = 14  # trained steps in the first stage [SplitStepLeft]
     config.schedule.right = 20  # trained steps in the last stage [SplitStepRight]
+    config.schedule.forks = ()  # (step, fan-out) pairs: a tree of several splits, ((6, 2), (10, 2), (14, 2)) for 8
+    # branches, trained from the first on; (): one split, where the interval starts (the paper's)
 
     config.sample = ml_collections.ConfigDict()
     config.sample.num_steps = 20  # denoising steps T
     config.sample.guidance_scale = 5.0  # classifier-free guidance weight
     config.sample.eta = 1.0  # DDIM's stochasticity; must be above 0
-    config.sample.groups = 256  # branch groups a stage [num_batches_per_epoch 32 x batch_size 8]
-    config.sample.branches = 5  # branches a group, K [split_time]
-    config.sample.batch_size = 32  # images a UNet call; changes speed and memory, not results
+    config.sample.groups = 256  # branch groups per stage [num_batches_per_epoch 32 x batch_size 8]
+    config.sample.branches = 5  # branches per group, K [split_time]
+    config.sample.batch_size = 32  # images per UNet call; changes speed and memory, not results
 
     config.reward = ml_collections.ConfigDict()
     config.reward.name = "clip"  # clip | bertscore | aesthetic | pickscore | hpsv2 | jpeg_compressibility |
     # jpeg_incompressibility | package.module:function of your own | a mix such as "clip:1.0 + aesthetic:0.2"
-    config.reward.batch_size = 32  # images a reward call [8]
+    config.reward.batch_size = 32  # images per reward call [8]
     config.reward.model = "ViT-H-14"  # of clip and of the diversity measure: an OpenCLIP architecture or local-dir:DIR
     config.reward.weights = "laion2b_s32b_b79k"  # its weights' tag, or "" with local-dir
     config.reward.llava_model = "llava-hf/llava-1.5-7b-hf"  # of bertscore: describes the image; hub id or folder
@@ -78,13 +82,18 @@ def sdv1_4():
     config.select.pos_threshold = 0.5  # normalised reward from which a group's best is kept [eval.pos_threshold]
     config.select.neg_threshold = -0.5  # normalised reward below which a group's worst is kept [eval.neg_threshold]
 
+    config.select.credit = (
+        ""  # contrast (the paper's) | group (all branches, normalised in their group) | all (DDPO's);
+    )
+    # "": contrast where the method branches, else all
+
     config.train = ml_collections.ConfigDict()
     config.train.algorithm = "ddpo_is"  # the loss, see losses.py: ddpo_is (the paper's) | ddpo_sf | dpok | dpo
     config.train.log_prob = "mean"  # over the latent's dimensions: mean (DDPO's code) | sum (the joint density)
     config.train.kl_weight = 0.01  # of dpok's KL to the pre-trained model, nats (a dimension where log_prob is mean)
     config.train.value_baseline = False  # dpok: subtract a learned V(x_t, t, prompt) from the advantages
     config.train.value_learning_rate = 1e-4  # of its Adam
-    config.train.value_epochs = 5  # passes of its regression over a stage's pairs, trajectories_per_update pairs a step
+    config.train.value_epochs = 5  # passes of its regression per stage, trajectories_per_update transitions per step
     config.train.dpo_beta = 10.0  # of dpo, by how much a log-ratio counts (per dimension where log_prob is mean)
     config.train.target_kl = 0.0  # end a stage's updates once policy/approx_kl, (log ρ)²/2, passes it; 0: never
     config.train.learning_rate = 1e-4  # of AdamW
@@ -93,17 +102,17 @@ def sdv1_4():
     config.train.adam_beta2 = 0.999  # AdamW's second moment decay
     config.train.adam_weight_decay = 1e-4  # AdamW's decoupled weight decay
     config.train.adam_epsilon = 1e-8  # AdamW's denominator term
-    config.train.max_grad_norm = 1.0  # bound on the gradient's norm, an update
-    config.train.batch_size = 8  # (sample, step) pairs a UNet call; changes speed and memory, not results [one step]
+    config.train.max_grad_norm = 1.0  # bound on the gradient's norm, per update
+    config.train.batch_size = 8  # transitions per UNet call; changes speed and memory, not results [one step]
     config.train.gradient_checkpointing = False  # recompute activations: a fraction of the memory, a third more time
-    config.train.trajectories_per_update = 128  # samples, with all their steps, an update [2 x 64]
+    config.train.trajectories_per_update = 128  # samples, with all their steps, per update [2 x 64]
     config.train.accumulate_over = "stage"  # stage: exactly that many over the stage's epochs, the rest is dropped (the
     # authors') | epoch: at most that many, every epoch cut evenly: nothing is dropped, 1.4 times as many updates here
-    config.train.num_epochs = 2  # passes over the selected samples, a stage
+    config.train.num_epochs = 2  # passes over the selected samples, per stage
     config.train.clip_range = 0.1  # ε of the probability ratio [train.eps]
     config.train.adv_clip = 5.0  # bound on the normalised reward [train.adv_clip_max]
-    config.train.beta1 = 1.0  # weight of positive advantages
-    config.train.beta2 = 1.0  # weight of the others
+    config.train.positive_weight = 1.0  # of advantages above 0 [train.beta1]
+    config.train.negative_weight = 1.0  # of the others [train.beta2]
     config.train.lora_rank = 4  # rank of the LoRA update, scale 1
 
     config.evaluate = ml_collections.ConfigDict()
@@ -128,14 +137,14 @@ def shapes():
     config.prompts.train = "prompts/shapes_attribute_train.json"
     config.prompts.test = "prompts/shapes_attribute_test.json"
     config.schedule.stage_count = 12  # a few minutes on two cores
-    config.sample.groups = 48  # each of the 15 prompts about 3 times a stage; 2880 reward queries in all
+    config.sample.groups = 48  # each of the 15 prompts about 3 times per stage; 2880 reward queries in all
     config.sample.batch_size = 120
     config.reward.model = "local-dir:model/shapes/clip"
     config.reward.weights = ""
     config.reward.batch_size = 120
     config.train.learning_rate = 4e-3  # 40x: about 60 updates in the whole run, the paper's has a few thousand
     config.train.batch_size = 128
-    config.train.trajectories_per_update = 32  # a stage keeps about 65 samples: 3 updates an epoch
+    config.train.trajectories_per_update = 32  # a stage keeps about 65 samples: 3 updates per epoch
     config.train.accumulate_over = "epoch"
     config.train.log_prob = "sum"  # the brake that the larger rate needs: the joint density's ratio,
     config.train.clip_range = 0.2  # with PPO's clip; 0.1 of the mean is no brake (README, Brakes)

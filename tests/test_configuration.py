@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from b2diffurl.errors import UserError
+from b2diffurl.plan import stage_interval
 from b2diffurl.run.command import parse
-from b2diffurl.run.config import interval_of, read_prompts
+from b2diffurl.run.config import read_prompts
 
 PRESET = ["run", "--config", "config/stage_process.py:shapes"]
 
@@ -20,13 +21,13 @@ def paper():
 
 def test_paper_run_number_for_number(paper):
     assert (paper.exp_name, paper.seed, paper.mixed_precision) == ("exp_B2DiffuRL_b5_p3", 300, "fp16")
-    assert dict(paper.schedule) == {"kind": "growing", "stage_count": 100, "left": 14, "right": 20}
+    assert dict(paper.schedule) == {"kind": "growing", "stage_count": 100, "left": 14, "right": 20, "forks": ()}
     sample = paper.sample
     assert (sample.num_steps, sample.guidance_scale, sample.eta) == (20, 5.0, 1.0)
     assert sample.groups * sample.branches * paper.schedule.stage_count == 128_000
     assert (sample.groups, sample.branches) == (256, 5)
     assert (paper.reward.model, paper.reward.weights) == ("ViT-H-14", "laion2b_s32b_b79k")
-    assert dict(paper.select) == {"history": 8, "pos_threshold": 0.5, "neg_threshold": -0.5}
+    assert dict(paper.select) == {"history": 8, "pos_threshold": 0.5, "neg_threshold": -0.5, "credit": ""}
     train = dict(paper.train)
     for name in (
         "batch_size",
@@ -41,15 +42,15 @@ def test_paper_run_number_for_number(paper):
         "algorithm": "ddpo_is", "log_prob": "mean", "target_kl": 0.0, "learning_rate": 1e-4, "lr_schedule": "constant",
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-4, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
         "trajectories_per_update": 128, "accumulate_over": "stage", "num_epochs": 2, "clip_range": 0.1,
-        "adv_clip": 5.0, "beta1": 1.0, "beta2": 1.0,
+        "adv_clip": 5.0, "positive_weight": 1.0, "negative_weight": 1.0,
         "lora_rank": 4, "value_baseline": False,
     }  # fmt: skip
 
 
 def test_method_sets_the_interval(paper):
-    assert interval_of(paper) == (6, 20)
+    assert stage_interval(paper) == (6, 20)
     paper.method = "ddpo_bs"
-    assert interval_of(paper) == (0, 20)
+    assert stage_interval(paper) == (0, 20)
 
 
 def test_prompt_lists_of_the_paper():
@@ -88,6 +89,11 @@ BAD = {
     "--config.sample.eta=0": "config.sample.eta=0",
     "--config.exp_name=../escape": "config.exp_name='../escape'",
     "--config.schedule.kind=zigzag": "config.schedule.kind='zigzag'",
+    "--config.schedule.forks=(6, 2)": "must be (step, fan-out) pairs such as ((6, 2), (10, 2), (14, 2))",
+    "--config.schedule.forks=((6, 2), (10, 2))": "it has 4 leaves: set config.sample.branches=4",
+    "--config.schedule.forks=((6, 5), (6, 1))": "steps must rise within 0..19, and fan-outs be 2 or more",
+    "--config.schedule.forks=((20, 5),)": "steps must rise within 0..19",
+    "--config.select.credit=best": "config.select.credit='best': must be one of '', contrast, group, all",
     "--config.pretrained.model=./nowhere": "config.pretrained.model='./nowhere'",
     "--config.reward.model=local-dir:nowhere": "config.reward.model='nowhere'",
     "--config.prompts.train=nowhere.json": "nowhere.json does not exist",
@@ -112,6 +118,14 @@ def test_summed_log_probabilities_need_full_precision():
     with pytest.raises(UserError, match=r"config\.train\.log_prob='sum'.*config\.allow_tf32=False"):
         parse([*PRESET, "--config.allow_tf32=True"])
     parse([*PRESET, "--config.mixed_precision=bf16", "--config.train.log_prob=mean"])
+
+
+def test_a_tree_needs_branches_and_a_preference_contrasts():
+    with pytest.raises(UserError, match=r"config\.method=ddpo has no branches"):
+        parse([*PRESET, "--config.schedule.forks=((6, 5),)", "--config.method=ddpo"])
+    with pytest.raises(UserError, match=r"must be contrast: config\.train\.algorithm=dpo compares two images"):
+        parse([*PRESET, "--config.select.credit=group", "--config.train.algorithm=dpo"])
+    parse([*PRESET, "--config.select.credit=contrast", "--config.train.algorithm=dpo"])
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "not json", '["a", 3]', '["a", " "]', '"a"', b"\xff\xfe\x00"], ids=str)

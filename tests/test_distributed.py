@@ -44,7 +44,7 @@ def test_parts_are_everything_once_and_even(monkeypatch, count, size):
     parts = []
     for rank in range(size):
         monkeypatch.setenv("RANK", str(rank))
-        parts.append(list(range(count))[processes.part(count)])
+        parts.append(list(range(count))[processes.share(count)])
     assert [*itertools.chain(*parts)] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -71,7 +71,7 @@ def test_two_processes_are_one(tmp_path):
     flags = [f"--config.{setting}" for setting in (*SMALL, f"save_path={tmp_path / 'one'}", *settings)]
     loop.main(parse(["x", "--config", "config/stage_process.py:shapes", *flags])[0])
     one, two = tmp_path / "one/t", tmp_path / "two/t"
-    assert not list(two.glob("**/part*.safetensors"))
+    assert not list(two.glob("**/share*.safetensors"))
     for stage in ("stage0", "stage1"):
         pictures = sorted(path.name for path in (one / stage / "images").iterdir())
         assert pictures == sorted(path.name for path in (two / stage / "images").iterdir())
@@ -83,8 +83,8 @@ def test_two_processes_are_one(tmp_path):
             assert np.abs(ours - theirs).max() <= 2  # rounding moves some pixels to the next of 256 values
         assert np.abs(ours - theirs).mean() < 0.5  # and so the rewards, the LoRA and the next stage's pictures
         ours, theirs = (load_file(run / stage / "selected.safetensors") for run in (one, two))
-        assert torch.equal(ours["index"], theirs["index"])
-        assert torch.allclose(ours["normalised"], theirs["normalised"], atol=0.02)  # by such pixels
+        assert torch.equal(ours["row"], theirs["row"])
+        assert torch.allclose(ours["advantage"], theirs["advantage"], atol=0.02)  # by such pixels
         last = "checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
         ours, theirs = (load_file(run / stage / last) for run in (one, two))
         ups = [name for name in ours if "lora.up" in name or "lora_B" in name]

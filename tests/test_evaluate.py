@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from b2diffurl import models
 from b2diffurl.errors import UserError
-from b2diffurl.evaluate import before_after, measures
+from b2diffurl.evaluate import measures
+from b2diffurl.evaluate.__main__ import command
 from b2diffurl.evaluate.before_after import bootstrap_interval, table
 from b2diffurl.evaluate.measures import feature_distance
 from b2diffurl.families import lora as lora_module
+from b2diffurl.models import Models
 from b2diffurl.run.command import parse
 
 
@@ -127,12 +128,12 @@ def test_missing_weights_of_a_measure_are_named_before_anything_is_sampled(monke
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    unet, parameters = models.Models(configure()).trainable()
+    policy, parameters = Models(configure()).trainable()
     torch.manual_seed(0)
     for parameter in parameters.values():
         parameter.data += 0.02 * torch.randn_like(parameter)
     (tmp_path / "lora").mkdir()
-    lora_module.save(unet, tmp_path / "lora")
+    lora_module.save(policy.denoiser, tmp_path / "lora")
     return tmp_path / "lora"
 
 
@@ -143,7 +144,7 @@ def test_evaluation_depends_on_the_batch_by_rounding_alone_and_takes_a_list_of_o
     for batch_size in ("1", "16"):
         steps = (f"--config.{setting}" for setting in ("sample.num_steps=4", "schedule.left=2", "schedule.right=4"))
         config = configure(reward, *steps)
-        before_after.main(config, str(checkpoint), f"out{batch_size}", "mine.json", "5", batch_size)
+        command(config, str(checkpoint), f"out{batch_size}", "mine.json", "5", batch_size)
         stored.append(json.loads((elsewhere / f"out{batch_size}/eval.json").read_text()))
     assert stored[0]["settings"] == stored[1]["settings"]
     for one, other in zip(stored[0]["results"], stored[1]["results"], strict=True):
@@ -163,4 +164,4 @@ def test_evaluation_depends_on_the_batch_by_rounding_alone_and_takes_a_list_of_o
         assert sheet.height > 3 * 96
     for flags in (("mine.json", "0", ""), ("mine.json", "", "many")):
         with pytest.raises(UserError, match="must be a whole number of at least 1"):
-            before_after.main(config, str(checkpoint), "out", *flags)
+            command(config, str(checkpoint), "out", *flags)

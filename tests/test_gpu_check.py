@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from b2diffurl.bench import __main__ as command
-from b2diffurl.bench import gpu_check, meter, rates
+from b2diffurl.bench import densities, driver_checks, gpu_check, meter, rates
 from b2diffurl.bench.gpu_check import Report
 
 NO_GPU = "no CUDA device here: the same code at small size, on the CPU"
@@ -108,19 +108,19 @@ def test_what_a_gpu_alone_is_asked(tmp_path, monkeypatch, without_gpu):
 def test_several_gpus_are_set_against_the_first(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(gpu_check, "drive", lambda scratch, name, settings, **given: asked.setdefault(name, given))
-    monkeypatch.setattr(gpu_check, "outcome", lambda run: (np.zeros((1, 2, 2, 3), dtype=int), 1.0))
+    monkeypatch.setattr(driver_checks, "drive", lambda scratch, name, settings, **given: asked.setdefault(name, given))
+    monkeypatch.setattr(driver_checks, "outcome", lambda run: (np.zeros((1, 2, 2, 3), dtype=int), 1.0))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
-    lines, _ = gpu_check.several_processes(tmp_path)
+    lines, _ = driver_checks.several_processes(tmp_path)
     assert asked == {"gpu_check_one": {"CUDA_VISIBLE_DEVICES": "3"}, "gpu_check_many": {}}
     assert lines[0].startswith("4 GPUs against one: pixels differ by at most 0 of 255")
 
 
 def test_a_first_pass_that_is_off_fails(monkeypatch, without_gpu):
     """Not a crash: the figures say so, and at which steps."""
-    figures = {"images": 2, "steps": 1, "steps_of_run": 20, "pairs_a_call": 2, "allowed": 0.1, "by_step": []}
+    figures = {"images": 2, "steps": 1, "steps_of_run": 20, "per_call": 2, "allowed": 0.1, "by_step": []}
     figures["by_step"].append({"t": 51, "ratio_error": 0.3, "prediction_error": 0.2})
-    monkeypatch.setattr(gpu_check.meter, "first_pass", lambda *_: figures)
+    monkeypatch.setattr(densities, "first_pass", lambda *_: figures)
     monkeypatch.setattr(gpu_check.Precision, "loaded", None)
     own = gpu_check.Precision(gpu_check.configure("bf16", pathlib.Path("x")), None)
     with pytest.raises(ValueError, match=r"t=51: the prediction is off by 2\.0e-01"):
@@ -140,12 +140,12 @@ def test_two_processes_may_differ_by_rounding_alone(tmp_path, monkeypatch, witho
         Image.fromarray(values).save(folder / "00000.png")
         line = {"stage": 0, "step": "train", "train/grad_norm": norm if other else 2.0}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    monkeypatch.setattr(gpu_check, "drive", lambda scratch, name, settings, **environment: scratch / name)
+    monkeypatch.setattr(driver_checks, "drive", lambda scratch, name, settings, **environment: scratch / name)
     if fine:
-        assert gpu_check.several_processes(tmp_path)[1] == {"largest_pixel_difference": 0, "grad_norms": [2.0, 2.0]}
+        assert driver_checks.several_processes(tmp_path)[1] == {"largest_pixel_difference": 0, "grad_norms": [2.0, 2.0]}
     else:
         with pytest.raises(ValueError, match="more than rounding: two processes on the CPU against one: pixels differ"):
-            gpu_check.several_processes(tmp_path)
+            driver_checks.several_processes(tmp_path)
 
 
 def test_a_driver_that_fails_or_hangs(tmp_path, monkeypatch):
@@ -154,10 +154,10 @@ def test_a_driver_that_fails_or_hangs(tmp_path, monkeypatch):
     script = tmp_path / "run_process.sh"
     script.write_text('echo "$PRESET ${CUDA_VISIBLE_DEVICES-unset}"; echo run_train.py: it is broken >&2; exit 3')
     with pytest.raises(RuntimeError, match=r"run_process\.sh failed:\nshapes 1\nrun_train\.py: it is broken"):
-        gpu_check.drive(tmp_path, "name", ("a=b",), CUDA_VISIBLE_DEVICES="1")
+        driver_checks.drive(tmp_path, "name", ("a=b",), CUDA_VISIBLE_DEVICES="1")
     script.write_text("sleep 60 & echo $! >child; wait")
     with pytest.raises(TimeoutError), meter.within(1):
-        gpu_check.drive(tmp_path, "name", ())
+        driver_checks.drive(tmp_path, "name", ())
     child = pathlib.Path("/proc", (tmp_path / "child").read_text().strip())
     deadline = time.monotonic() + 10
     while child.exists() and child.joinpath("stat").read_text().split(") ")[1][0] != "Z":
@@ -165,7 +165,7 @@ def test_a_driver_that_fails_or_hangs(tmp_path, monkeypatch):
         time.sleep(0.1)
     (tmp_path / "name").mkdir()
     (tmp_path / "name/eval.json").touch()
-    assert gpu_check.drive(tmp_path, "name", ()) == tmp_path / "name"  # what is there is not made again
+    assert driver_checks.drive(tmp_path, "name", ()) == tmp_path / "name"  # what is there is not made again
 
 
 def test_the_check_needs_a_folder(capsys):

@@ -55,6 +55,6 @@ def test_bad_scores_are_refused_and_not_remembered():
     history = RewardHistory(8)
     with pytest.raises(ValueError, match="non-finite reward for the prompt 'b'"):
         history.normalise(["a", "b"], [1.0, float("nan")])
-    with pytest.raises(ValueError, match="one score a prompt"):
+    with pytest.raises(ValueError, match="one score per prompt"):
         history.normalise(["a"], [1.0, 2.0])
     assert history.state() == []

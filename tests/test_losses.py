@@ -1,10 +1,13 @@
 """The losses against float64 arithmetic and autograd through the density."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 
-from b2diffurl.losses import ddpo_is, ddpo_sf, dpo, dpok, gaussian_kl, weigh_advantages
+from b2diffurl import gaussian
+from b2diffurl.losses import ALGORITHMS, Terms, ddpo_is, ddpo_sf, dpo, dpok
 
 
 def test_ddpo_is_in_float64():
@@ -37,11 +40,6 @@ def test_clip_stops_only_steps_away_from_the_old_policy(log_ratio, advantage, mo
     loss, _ = ddpo_is(log_prob, torch.zeros(1, dtype=torch.float64), torch.tensor([advantage]).double(), 0.1)
     loss.sum().backward()
     assert bool(log_prob.grad.abs() > 0) is moves
-
-
-def test_advantages_are_clamped_and_weighted_by_sign():
-    weighed = weigh_advantages(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]), 5.0, 2.0, 0.5)
-    assert weighed.tolist() == [-2.5, -0.5, 0.0, 2.0, 10.0]
 
 
 def test_ddpo_sf_in_float64():
@@ -91,7 +89,31 @@ def test_gaussian_kl_is_torchs_and_its_monte_carlo_estimate():
     sigma = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).view(-1, 1, 1, 1)
     p, q = (torch.distributions.Normal(m, sigma.expand_as(m)) for m in (mean, other))
     wanted = torch.distributions.kl_divergence(p, q).mean(dim=(1, 2, 3))
-    torch.testing.assert_close(gaussian_kl(mean, other, sigma), wanted)
+    torch.testing.assert_close(gaussian.kl(mean, other, sigma), wanted)
     samples = mean + sigma * torch.randn(20000, *mean.shape, generator=generator, dtype=torch.float64)
     estimate = (p.log_prob(samples) - q.log_prob(samples)).mean(0).mean(dim=(1, 2, 3))
     torch.testing.assert_close(estimate, wanted, rtol=0.02, atol=0.01)
+
+
+def test_a_gaussians_density_does_not_care_for_the_latents_shape():
+    value, mean = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigma = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).view(-1, 1, 1, 1)
+    wanted = torch.distributions.Normal(mean, sigma.expand_as(mean)).log_prob(value).flatten(1).mean(1)
+    torch.testing.assert_close(gaussian.log_prob(value, mean, sigma), wanted, rtol=1e-6, atol=1e-6)
+    packed = [tensor.flatten(2) for tensor in (value, mean)]
+    torch.testing.assert_close(gaussian.log_prob(*packed, sigma[..., 0]), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_an_algorithms_row_hands_its_loss_what_it_takes():
+    terms = Terms(*torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    train = types.SimpleNamespace(clip_range=0.3, kl_weight=0.7, dpo_beta=5.0)
+    new, old, advantage, rival, kl = terms
+    wanted = {
+        "ddpo_is": ddpo_is(new, old, advantage, 0.3), "ddpo_sf": ddpo_sf(new, old, advantage),
+        "dpok": dpok(new, old, advantage, 0.3, kl, 0.7), "dpo": dpo(new - old, rival, 5.0),
+    }  # fmt: skip
+    assert wanted.keys() == ALGORITHMS.keys()
+    for name, (loss, statistics) in wanted.items():
+        found = ALGORITHMS[name].loss(terms, train)
+        assert torch.equal(found[0], loss)
+        assert found[1].keys() == statistics.keys()

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from b2diffurl import models
 from b2diffurl.errors import UserError
-from b2diffurl.families import lora
+from b2diffurl.families import lora, sd
+from b2diffurl.families.loading import revision
+from b2diffurl.models import Models
 from b2diffurl.rewards import load_clip
 from b2diffurl.run.command import parse
 from b2diffurl.shapes.scene import SIZE
@@ -18,6 +19,10 @@ from b2diffurl.shapes.scene import SIZE
 
 def configure(*more):
     return parse(["test", "--config", "config/stage_process.py:shapes", *more])[0]
+
+
+def scheduler_of(config):
+    return Models(config).kernel.scheduler
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def with_scheduler(tmp_path):
 
 def test_scheduler_of_sd_v1_4_is_read_as_ddim(with_scheduler):
     """SD v1.4 ships a PNDM configuration; without steps_offset and clip_sample DDIM's defaults would be wrong."""
-    scheduler = models.load_scheduler(
+    scheduler = scheduler_of(
         with_scheduler(
             _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
             num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True,
@@ -57,33 +62,34 @@ def test_scheduler_of_sd_v1_4_is_read_as_ddim(with_scheduler):
 )
 def test_scheduler_without_densities_is_refused(with_scheduler, broken):
     with pytest.raises(UserError, match="steps without a density"):
-        models.load_scheduler(with_scheduler(**broken))
+        scheduler_of(with_scheduler(**broken))
 
 
 def test_more_steps_than_timesteps():
     with pytest.raises(UserError, match=r"config\.sample\.num_steps=1001"):
-        models.load_scheduler(configure("--config.sample.num_steps=1001"))
+        scheduler_of(configure("--config.sample.num_steps=1001"))
 
 
 def test_a_part_that_is_missing_is_named(with_scheduler):
     with pytest.raises(UserError, match="its unet does not load"):
-        models.Models(with_scheduler()).unet  # noqa: B018
+        Models(with_scheduler()).family.denoiser  # noqa: B018
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_sampler_runs_the_trained_lora(tmp_path, precision):
     config = configure(f"--config.mixed_precision={precision}", "--config.train.log_prob=mean")
-    trained, parameters = models.Models(config).trainable()
+    policy, parameters = Models(config).trainable()
     for parameter in parameters.values():
         parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    trained = policy.denoiser
     lora.save(trained, tmp_path)
-    loaded = models.Models(config)
-    negative, sampler = loaded.embed([""]), loaded.sampler(tmp_path)
+    sampler = Models(config).policy(tmp_path)
+    negative = sampler.negative["encoder_hidden_states"]
     x, t = torch.randn(3, 4, 8, 8).to(trained.dtype), torch.tensor([951, 501, 1])
     with torch.no_grad():
-        base = models.Models(config).unet(x, t, negative.expand(3, -1, -1)).sample
+        base = Models(config).family.denoiser(x, t, negative.expand(3, -1, -1)).sample
         wanted = trained(x, t, negative.expand(3, -1, -1)).sample
-        given = sampler.unet(x, t, negative.expand(3, -1, -1)).sample
+        given = sampler.denoiser(x, t, negative.expand(3, -1, -1)).sample
     assert (wanted - base).abs().max() > 0.1
     assert torch.equal(given, wanted)
 
@@ -91,52 +97,62 @@ def test_the_sampler_runs_the_trained_lora(tmp_path, precision):
 def test_one_unet_serves_base_sampler_and_trainer_and_each_has_the_bits_of_its_own(tmp_path):
     """However often the steps of a run take turns."""
     config = configure()
-    trained, parameters = models.Models(config).trainable()
+    policy, parameters = Models(config).trainable()
     for parameter in parameters.values():
         parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    trained = policy.denoiser
     lora.save(trained, tmp_path)
     roles = {
-        "base": lambda loaded: loaded.sampler().unet,
-        "sampler": lambda loaded: loaded.sampler(tmp_path).unet,
-        "trainer": lambda loaded: loaded.trainable(tmp_path)[0],
+        "base": lambda loaded: loaded.policy().denoiser,
+        "sampler": lambda loaded: loaded.policy(tmp_path).denoiser,
+        "trainer": lambda loaded: loaded.trainable(tmp_path)[0].denoiser,
     }
     x, t, embeds = torch.randn(3, 4, 8, 8), torch.tensor([951, 501, 1]), torch.randn(3, 16, 64)
     with torch.no_grad():
-        alone = {name: role(models.Models(config))(x, t, embeds).sample for name, role in roles.items()}
-        kept = models.Models(config)
+        alone = {name: role(Models(config))(x, t, embeds).sample for name, role in roles.items()}
+        kept = Models(config)
         for name in ("base", "sampler", "trainer", "sampler", "base", "trainer", "base", "sampler"):
             unet = roles[name](kept)
             assert torch.equal(unet(x, t, embeds).sample, alone[name])
-            assert unet is kept.unet
+            assert unet is kept.family.denoiser
             trainable = {parameter for parameter, own in unet.named_parameters() if own.requires_grad}
             assert trainable == (set() if name == "base" else set(parameters))
 
 
 def test_an_embedding_depends_on_its_prompt_alone():
-    one, other = (models.Models(configure()) for _ in range(2))
+    one, other = (Models(configure()).family for _ in range(2))
     prompts = ["a red circle", "", "a blue ring", "a red circle"]
-    together = one.embed(prompts)
+    together = one.embed(prompts)["encoder_hidden_states"]
     assert torch.equal(together[0], together[3])
     for prompt, embedding in zip(reversed(prompts), together.flip(0), strict=True):
-        assert torch.equal(other.embed([prompt])[0], embedding)
+        assert torch.equal(other.embed([prompt])["encoder_hidden_states"][0], embedding)
+
+
+def test_a_pipeline_of_another_family_is_named(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(UserError, match="is a KandinskyPipeline: the families here are StableDiffusionPipeline"):
+        Models(configure(f"--config.pretrained.model={tmp_path}")).family  # noqa: B018
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"its model_index\.json does not load"):
+        Models(configure(f"--config.pretrained.model={tmp_path}")).family  # noqa: B018
 
 
 def test_the_revision_is_a_commit_where_one_is_known():
     config = parse(["test", "--config", "config/stage_process.py:sdv1.4"])[0]
-    assert len(models.revision(config)) == 40
+    assert len(revision(config)) == 40
     config.pretrained.model = "somebody/else"
-    assert models.revision(config) == "main"
+    assert revision(config) == "main"
     config.pretrained.revision = "v2"
-    assert models.revision(config) == "v2"
+    assert revision(config) == "v2"
 
 
 def test_decoding_in_parts_is_decoding_at_once(monkeypatch):
-    vae = models.Models(configure()).vae
+    family = Models(configure()).family
     latents = torch.randn(5, 4, 8, 8)
-    whole = models.decode(vae, latents)
+    whole = family.decode(latents)
     assert whole.shape == (5, SIZE, SIZE, 3)
-    monkeypatch.setattr(models, "DECODED_LATENT_PIXELS", 2 * 8 * 8)
-    assert (whole.int() - models.decode(vae, latents).int()).abs().max() <= 1
+    monkeypatch.setattr(sd, "DECODED_LATENT_PIXELS", 2 * 8 * 8)
+    assert (whole.int() - family.decode(latents).int()).abs().max() <= 1
 
 
 def test_clip_score_is_the_raw_cosine_of_openclips_features():

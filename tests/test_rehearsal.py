@@ -28,7 +28,7 @@ def check(folder, precision, resolution):
     assert all(step["seconds"] > 0 and step["peak_bytes"] > 1e8 for step in result["steps"])
     lines = {line["step"]: line for line in metrics.read(folder / "run/metrics.jsonl")}
     assert lines["sample"]["sample/images"] == 4
-    assert lines["sample"]["perf/unet_evals"] == 2 * (2 * 1 + 4 * 3)
+    assert lines["sample"]["perf/unet_evals"] == 2 * (2 * 2 + 4 * 2)
     assert lines["select"]["select/kept"] == 2
     assert lines["train"]["train/updates"] == 1
     assert lines["train"]["policy/prediction_error"] == result["prediction_error"] < 0.5

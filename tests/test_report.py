@@ -11,7 +11,7 @@ from b2diffurl.errors import UserError
 from b2diffurl.evaluate import before_after
 from b2diffurl.report import page
 from b2diffurl.run.command import parse
-from b2diffurl.run.folder import checkpoint, versions
+from b2diffurl.run.folder import checkpoint_of, versions
 from b2diffurl.run.metrics import read
 from b2diffurl.stages import sample, select, train
 
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
     config = parse(["x", "--config", "config/stage_process.py:shapes", *(f"--config.{s}" for s in settings)])[0]
     for step in (sample, select, train):
         step.main(config)
-    before_after.main(config, str(checkpoint(folder / "t/stage0")), folder / "t")
+    before_after.main(config, str(checkpoint_of(folder / "t/stage0")), folder / "t")
     return folder / "t"
 
 

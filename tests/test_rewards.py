@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from b2diffurl.errors import UserError
 from b2diffurl.rewards import Reward, load_reward
 from b2diffurl.run.command import parse
-from b2diffurl.run.config import reward_parts
+from b2diffurl.run.config import reward_terms
 
 PROMPTS = ["a red circle", "a blue ring", "a red circle", "a long green cross above a cyan square", "a ring"]
 SAID = "image answer concisely what is going on in this blue square"
@@ -103,7 +103,7 @@ def test_aesthetic_is_the_linear_head_on_unit_features(hf_clip, tmp_path):
     flags = ["--config.reward.name=aesthetic", f"--config.reward.aesthetic_model={hf_clip}"]
     reward = load(*flags, f"--config.reward.aesthetic_head={path}")
     scores = reward(images(), PROMPTS)
-    features = reward.parts[0][2].clip.of_images(images())
+    features = reward.terms[0][2].clip.of_images(images())
     assert torch.allclose(features.norm(dim=1), torch.ones(len(PROMPTS)))
     assert torch.allclose(scores, head(features)[:, 0], atol=1e-6)
     assert torch.equal(scores, reward(images(), ["another prompt"] * len(PROMPTS)))
@@ -131,7 +131,7 @@ def test_hpsv2_is_openclip_with_the_given_weights_file(tmp_path, monkeypatch):
     model = open_clip.create_model("tiny").eval()
     save_file(model.state_dict(), tmp_path / "hpsv2.safetensors")
     reward = load("--config.reward.name=hpsv2", "--config.reward.hpsv2_model=tiny",
-                  f"--config.reward.hpsv2_weights={tmp_path}/hpsv2.safetensors").parts[0][2]  # fmt: skip
+                  f"--config.reward.hpsv2_weights={tmp_path}/hpsv2.safetensors").terms[0][2]  # fmt: skip
     stored = reward.model.state_dict()
     assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
     assert reward(images(), PROMPTS).isfinite().all()
@@ -164,7 +164,7 @@ def test_a_rewards_models_move_and_score_the_same(hf_clip):
     reward = load("--config.reward.name=clip + pickscore", f"--config.reward.pickscore_model={hf_clip}")
     before = reward(images(), PROMPTS)
     reward.move("meta")
-    assert {p.device.type for _, _, part in reward.parts for p in getattr(part, "clip", part).model.parameters()} == {
+    assert {p.device.type for _, _, part in reward.terms for p in getattr(part, "clip", part).model.parameters()} == {
         "meta"
     }
     assert before.isfinite().all()
@@ -212,7 +212,7 @@ def describers(tmp_path_factory):
 
 
 def test_bertscore_recall_is_the_best_match_of_every_word_of_the_prompt(describers):
-    reward = load(*describers).parts[0][2]
+    reward = load(*describers).terms[0][2]
     said = ["a blue square", "a ring", "what is in this image", "a circle", "cyan"]
 
     def features(text):
@@ -234,10 +234,10 @@ def test_bertscore_recall_is_the_best_match_of_every_word_of_the_prompt(describe
 
 
 def test_descriptions_do_not_depend_on_the_batch(describers):
-    one = load(*describers, "--config.reward.batch_size=1").parts[0][2]
+    one = load(*describers, "--config.reward.batch_size=1").terms[0][2]
     three = load(*describers, "--config.reward.batch_size=3")
     descriptions = one.describe(images())
-    assert descriptions == three.parts[0][2].describe(images())
+    assert descriptions == three.terms[0][2].describe(images())
     assert len({*descriptions}) > 1
     assert all("USER" not in text and "<image>" not in text for text in descriptions)
     scores = three(images(), PROMPTS)
@@ -266,7 +266,7 @@ def test_jpeg_size():
     ],
 )
 def test_names_of_a_mix(name, parts):
-    assert reward_parts(name) == parts
+    assert reward_terms(name) == parts
 
 
 def test_mix_is_the_weighted_sum_and_names_its_parts():

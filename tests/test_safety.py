@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from b2diffurl import models
 from b2diffurl.errors import UserError
 from b2diffurl.families import lora
+from b2diffurl.models import Models
 from b2diffurl.run import folder as run_folder
 from b2diffurl.run import lock, storage
 from b2diffurl.run.command import parse, run_main
-from b2diffurl.run.folder import Run, checkpoint, flat, require_shared
+from b2diffurl.run.folder import Run, checkpoint_of, flat, require_shared
 from b2diffurl.stages import sample, select, train
 
 SMALL = (
@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(begun, tmp_path, m
     monkeypatch.setattr("safetensors.torch.save_file", save)
     for rest in steps:
         rest.main(configure(tmp_path, "stage=1"))
-    assert checkpoint(tmp_path / "t/stage1").is_dir()
+    assert checkpoint_of(tmp_path / "t/stage1").is_dir()
 
 
 def test_other_errors_of_the_system_are_not_hidden(monkeypatch, tmp_path):
@@ -206,19 +206,19 @@ def test_files_of_another_form_are_one_line_before_any_work(begun, tmp_path, mon
         train.main(configure(tmp_path))
     with (tmp_path / "t/metrics.jsonl").open("a") as stream:
         stream.write("{\n")
-    monkeypatch.setattr(models, "Models", lambda config: pytest.fail("began to work"))
+    monkeypatch.setattr("b2diffurl.stages.train.Models", lambda config: pytest.fail("began to work"))
     with pytest.raises(UserError, match=r"metrics\.jsonl has a line that is no JSON"):
         train.main(configure(tmp_path))
 
 
 def test_a_foreign_lora_is_one_line(begun, tmp_path):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
-    path = checkpoint(tmp_path / "t/stage0") / "pytorch_lora_weights.safetensors"
+    path = checkpoint_of(tmp_path / "t/stage0") / "pytorch_lora_weights.safetensors"
     stored = load_file(path)
     for changed in ({k.replace("attn1", "attn9"): v for k, v in stored.items()}, {k: v[:1] for k, v in stored.items()}):
         save_file({k: v.contiguous() for k, v in changed.items()}, path)
         with pytest.raises(UserError, match="holds no LoRA of this model"):
-            lora.load(models.Models(configure(tmp_path)).unet, path.parent)
+            lora.load(Models(configure(tmp_path)).family.denoiser, path.parent)
 
 
 def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path):

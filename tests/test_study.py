@@ -20,11 +20,10 @@ from b2diffurl.errors import UserError
 from b2diffurl.run.config import read_prompts
 from b2diffurl.shapes.scene import render, sample_scenes
 from b2diffurl.shapes.variety import open_entropy
-from b2diffurl.study import report
-from b2diffurl.study import runs as study
+from b2diffurl.study import curves, matrix, report, results, runs
 from b2diffurl.study.__main__ import assignment
 
-JOB = study.Job("ddpo_is", "b2", 101, (("train.learning_rate", 1e-3),))
+JOB = matrix.Job("ddpo_is", "b2", 101, (("train.learning_rate", 1e-3),))
 
 
 def drawn(count, seed=0):
@@ -33,30 +32,30 @@ def drawn(count, seed=0):
 
 
 def test_matrix_has_the_seeds_that_the_evidence_needs():
-    runs = study.matrix("full")
-    assert len(runs) == len(set(runs)) == 2 * 4 * 5 + 3 * 2 * 3
-    for cell in itertools.product(("ddpo_is", "ddpo_is_sum"), study.METHODS):
-        assert len({run.seed for run in runs if run[:2] == cell}) == 5
+    jobs = matrix.matrix("full")
+    assert len(jobs) == len(set(jobs)) == 2 * 4 * 5 + 3 * 2 * 3
+    for cell in itertools.product(("ddpo_is", "ddpo_is_sum"), matrix.METHODS):
+        assert len({job.seed for job in jobs if job[:2] == cell}) == 5
     for algorithm in ("ddpo_sf", "dpok", "dpo"):
         for method in ("ddpo", "b2"):
-            assert len({run.seed for run in runs if run[:2] == (algorithm, method)}) == 3
+            assert len({job.seed for job in jobs if job[:2] == (algorithm, method)}) == 3
 
 
 def test_rows_and_seeds_can_be_chosen():
-    chosen = tuple(study.GRID["ddpo_is"][study.CHOSEN["ddpo_is", "b2"]].items())
-    assert study.matrix("full", ["ddpo_is:b2"], [7, 8]) == [study.Job("ddpo_is", "b2", s, chosen) for s in (7, 8)]
-    assert {job[:3] for job in study.matrix("full", ["dpo:b2"])} == {("dpo", "b2", seed) for seed in (101, 102, 103)}
-    assert study.matrix("full", ["b2"]) == []
-    assert len(study.matrix("quick")) == 4 * 2 + 3
+    chosen = tuple(matrix.CHOSEN["ddpo_is", "b2"].items())
+    assert matrix.matrix("full", ["ddpo_is:b2"], [7, 8]) == [matrix.Job("ddpo_is", "b2", s, chosen) for s in (7, 8)]
+    assert {job[:3] for job in matrix.matrix("full", ["dpo:b2"])} == {("dpo", "b2", seed) for seed in (101, 102, 103)}
+    assert matrix.matrix("full", ["b2"]) == []
+    assert len(matrix.matrix("quick")) == 4 * 2 + 3
 
 
 def test_all_runs_can_be_given_other_settings_and_are_told_apart_by_them(tmp_path):
-    (plain,) = study.matrix("full", ["dpok:b2"], [7])
-    (job,) = study.matrix("full", ["dpok:b2"], [7], [("schedule.left", "18"), ("train.learning_rate", "3e-3")])
+    (plain,) = matrix.matrix("full", ["dpok:b2"], [7])
+    (job,) = matrix.matrix("full", ["dpok:b2"], [7], [("schedule.left", "18"), ("train.learning_rate", "3e-3")])
     assert job.key() != plain.key()
     assert job.key()[2].startswith("learning_rate 3e-3, ")
     assert job.key()[2].endswith(", left 18")
-    config, other = (study.configure(j, tmp_path, "full") for j in (job, plain))
+    config, other = (matrix.configure(j, tmp_path, "full") for j in (job, plain))
     assert (config.schedule.left, config.train.learning_rate, config.method) == (18, 3e-3, "b2")
     assert config.exp_name != other.exp_name
     assert set(config.exp_name) < set(string.ascii_letters + string.digits + "._-")
@@ -68,33 +67,40 @@ def test_all_runs_can_be_given_other_settings_and_are_told_apart_by_them(tmp_pat
 
 
 def test_search_has_the_same_effort_for_every_method_and_nothing_of_the_evidence(tmp_path):
-    search, full = study.matrix("search"), study.matrix("full")
+    search, full = matrix.matrix("search"), matrix.matrix("full")
     effort = collections.Counter(job[:2] for job in search)
-    for algorithm in study.LOSSES:
-        assert len({runs for cell, runs in effort.items() if cell[0] == algorithm}) == 1
+    for algorithm in matrix.LOSSES:
+        assert len({count for cell, count in effort.items() if cell[0] == algorithm}) == 1
     assert {job[:2] for job in search} == {job[:2] for job in full}
     assert not {job.seed for job in search} & {job.seed for job in full}
-    searched, evidence = study.configure(search[0], tmp_path, "search"), study.configure(full[0], tmp_path, "full")
+    searched, evidence = matrix.configure(search[0], tmp_path, "search"), matrix.configure(full[0], tmp_path, "full")
     prompts = [set(read_prompts(c.prompts.train) + read_prompts(c.prompts.test)) for c in (searched, evidence)]
     assert not prompts[0] & prompts[1]
 
 
 def test_finalists_and_choices_are_what_the_committed_search_says():
-    ends = report.final_rows(report.read(pathlib.Path("docs/study/search/results.csv")))
-    for cell, chosen in study.CHOSEN.items():
-        jobs = [study.Job(*cell, 201, tuple(settings.items())) for settings in study.GRID[cell[0]]]
-        runs = [ends[job.key()[:3]] for job in jobs]
-        rewards = [[report._both(row, "reward") for row in of_seeds.values()] for of_seeds in runs]
-        order = sorted(range(len(runs)), key=lambda place: report._both(runs[place][201], "reward"), reverse=True)
-        finalists = study.FINALISTS.get(cell, order[:1])
+    ends = results.final_rows(results.read(pathlib.Path("docs/study/search/results.csv")))
+    for cell, settings in matrix.CHOSEN.items():
+
+        def key(settings, cell=cell):
+            return matrix.Job(*cell, 201, tuple(settings.items())).key()[:3]
+
+        rewards = {
+            key(tried): {seed: results.over_lists(row, "reward") for seed, row in ends[key(tried)].items()}
+            for tried in matrix.GRID[cell[0]]
+        }
+        order = sorted(rewards, key=lambda tried, rewards=rewards: rewards[tried][201], reverse=True)
+        finalists = [key(tried) for tried in matrix.FINALISTS[cell]] if cell in matrix.FINALISTS else order[:1]
+        assert len(set(finalists)) == len(finalists)
         assert set(finalists) == set(order[: len(finalists)])
-        assert all(len(rewards[place]) > 1 for place in study.FINALISTS.get(cell, ()))
-        assert chosen == max(finalists, key=lambda place: np.mean(rewards[place]))
+        assert all(len(rewards[tried]) > 1 for tried in finalists if cell in matrix.FINALISTS)
+        means = {tried: np.mean([*rewards[tried].values()]) for tried in finalists}
+        assert key(settings) == max(means, key=means.get)
 
 
 def test_runs_of_an_algorithm_differ_in_method_seed_and_searched_settings_alone(tmp_path):
-    one = study.configure(study.Job("ddpo_is", "b2", 101, (("train.learning_rate", 5e-4),)), tmp_path, "full")
-    other = study.configure(study.Job("ddpo_is", "ddpo", 102, (("train.learning_rate", 2e-3),)), tmp_path, "full")
+    one = matrix.configure(matrix.Job("ddpo_is", "b2", 101, (("train.learning_rate", 5e-4),)), tmp_path, "full")
+    other = matrix.configure(matrix.Job("ddpo_is", "ddpo", 102, (("train.learning_rate", 2e-3),)), tmp_path, "full")
     assert (one.train.learning_rate, other.train.learning_rate) == (5e-4, 2e-3)
     other.train.learning_rate = one.train.learning_rate
     flat = [{**c.to_dict(), "exp_name": "", "method": "", "seed": 0} for c in (one, other)]
@@ -104,7 +110,7 @@ def test_runs_of_an_algorithm_differ_in_method_seed_and_searched_settings_alone(
 
 def test_the_two_clips_of_ddpo_differ_in_nothing_else(tmp_path):
     mean, summed = (
-        study.configure(study.Job(loss, "b2", 101, JOB.settings), tmp_path, "full").to_dict()
+        matrix.configure(matrix.Job(loss, "b2", 101, JOB.settings), tmp_path, "full").to_dict()
         for loss in ("ddpo_is", "ddpo_is_sum")
     )
     differs = {name for name in mean["train"] if mean["train"][name] != summed["train"][name]}
@@ -114,13 +120,13 @@ def test_the_two_clips_of_ddpo_differ_in_nothing_else(tmp_path):
 
 def test_every_run_has_the_same_queries_and_is_evaluated_at_the_same_ones(tmp_path):
     for kind, queries, evaluations in (("full", 2880, 3), ("search", 1920, 2), ("quick", 240, 1)):
-        for job in study.matrix(kind):
-            config = study.configure(job, tmp_path, kind)
+        for job in matrix.matrix(kind):
+            config = matrix.configure(job, tmp_path, kind)
             assert config.schedule.stage_count * config.sample.groups * config.sample.branches == queries
             passed = []
             for stage in range(config.schedule.stage_count):
                 config.stage = stage
-                if study.evaluated(config):
+                if matrix.evaluated(config):
                     passed.append((stage + 1) * config.sample.groups * config.sample.branches)
             assert passed == [queries * (i + 1) // evaluations for i in range(evaluations)]
 
@@ -135,10 +141,10 @@ def test_entropy_is_nought_for_one_picture_and_nearly_all_of_it_for_random_scene
 
 
 def test_interval_over_seeds():
-    mean, low, high = report.interval([0.1, 0.2, 0.3, 0.4, 0.5])
+    mean, low, high = results.interval([0.1, 0.2, 0.3, 0.4, 0.5])
     assert mean == pytest.approx(0.3)
     assert (low, high) == (pytest.approx(0.18, abs=0.021), pytest.approx(0.42, abs=0.021))
-    mean, low, high = report.interval([0.7])
+    mean, low, high = results.interval([0.7])
     assert mean == 0.7
     assert math.isnan(low)
     assert math.isnan(high)
@@ -147,7 +153,7 @@ def test_interval_over_seeds():
 def test_a_further_seed_lands_within_its_interval_19_times_of_20():
     draws = np.random.default_rng(1).normal(5, 2, size=(4000, 6))
     for seeds in (3, 5):
-        spans = [report.further(values[:seeds]) for values in draws]
+        spans = [results.further(values[:seeds]) for values in draws]
         inside = np.mean([low <= value <= high for (low, high), value in zip(spans, draws[:, -1], strict=True)])
         assert inside == pytest.approx(0.95, abs=0.012)
 
@@ -157,12 +163,12 @@ def test_differences_on_the_way_are_of_the_same_number_of_queries_and_seed():
     rows = [
         {"algorithm": "dpok", "method": method, "settings": "", "seed": seed, "stage": stage,
          "queries": 100 * (stage + 1), "unet_evals": 1000 * (stage + 1),
-         **dict.fromkeys(report.FIGURES, 0.1), "oracle_train": both[stage],
+         **dict.fromkeys(results.FIGURES, 0.1), "oracle_train": both[stage],
          "diversity_train": {"ddpo": 0.1, "b2": 0.4}[method] * both[stage]}
         for (method, seed), both in alignment.items() for stage in (0, 1)
     ]  # fmt: skip
-    base = dict.fromkeys(report.FIGURES, 0.0)
-    lines = report.comparisons(rows, report.final_rows(rows), base, "dpok")
+    base = dict.fromkeys(results.FIGURES, 0.0)
+    lines = report.comparisons(rows, results.final_rows(rows), base, "dpok")
     assert lines[0].startswith("| dpok | b2 - ddpo | after 100 queries | 2 | | | +0.150 [+0.100, +0.200] | +0.000")
     assert lines[1].startswith("| dpok | b2 - ddpo | at equal queries | 2 | | | +0.050 [+0.000, +0.100] | +0.000")
     assert lines[3].startswith("| dpok | b2 - ddpo | at equal oracle, train | 2 | | | +0.000 [+0.000, +0.000] |")
@@ -170,29 +176,29 @@ def test_differences_on_the_way_are_of_the_same_number_of_queries_and_seed():
     assert len(lines) == 4
     for row in rows:  # b2 with another budget: no number of queries is shared
         row["queries"] += 50 * (row["method"] == "b2")
-    assert len(report.comparisons(rows, report.final_rows(rows), base, "dpok")) == 3
+    assert len(report.comparisons(rows, results.final_rows(rows), base, "dpok")) == 3
 
 
 def test_figures_where_a_run_first_came_as_far():
     """Of a run that rises and falls; where it never came, or where it began, there are none."""
     run = [
         {"algorithm": "dpo", "method": "ddpo", "settings": "", "seed": 1, "stage": i, "queries": i, "unet_evals": i,
-         **dict.fromkeys(report.FIGURES, diversity), "oracle_train": oracle}
+         **dict.fromkeys(results.FIGURES, diversity), "oracle_train": oracle}
         for i, (oracle, diversity) in enumerate([(0.7, 0.3), (0.9, 0.2), (0.5, 0.0), (0.8, 0.1)], 1)
     ]  # fmt: skip
-    base = {**dict.fromkeys(report.FIGURES, 0.5), "oracle_train": 0.6}
+    base = {**dict.fromkeys(results.FIGURES, 0.5), "oracle_train": 0.6}
     for where, diversity in ((0.6, 0.5), (0.65, 0.4), (0.8, 0.25), (0.9, 0.2)):
-        found = report._at(run, base, run[-1], "oracle_train", where)
+        found = report.figures_at(run, base, run[-1], "oracle_train", where)
         assert found["diversity_train"] == pytest.approx(diversity)
-    assert report._at(run, base, run[-1], "oracle_train", 0.55) is None
-    assert report._at(run, base, run[-1], "oracle_train", 0.95) is None
-    assert report._at(run, base, run[-1], "unet_evals", 2.5)["oracle_train"] == pytest.approx(0.7)
+    assert report.figures_at(run, base, run[-1], "oracle_train", 0.55) is None
+    assert report.figures_at(run, base, run[-1], "oracle_train", 0.95) is None
+    assert report.figures_at(run, base, run[-1], "unet_evals", 2.5)["oracle_train"] == pytest.approx(0.7)
 
 
 def test_settings_are_ordered_by_their_numbers():
     settings = ["learning_rate 0.016, kl_weight 1", "learning_rate 3e-3, kl_weight 0.1", "learning_rate 3e-3, left 14"]
-    assert sorted(settings, key=report._numbers) == settings[1:] + settings[:1]
-    assert report._numbers("kind constant") == []
+    assert sorted(settings, key=curves.numbers) == settings[1:] + settings[:1]
+    assert curves.numbers("kind constant") == []
 
 
 @pytest.fixture
@@ -201,7 +207,7 @@ def small(monkeypatch, tmp_path):
         (tmp_path / name).symlink_to(pathlib.Path(name).resolve())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        study, "BUDGETS",
+        matrix, "BUDGETS",
         {"quick": {
             "schedule.stage_count": 4, "schedule.left": 2, "schedule.right": 3, "sample.num_steps": 4,
             "sample.groups": 4, "train.trajectories_per_update": 4, "evaluate.images_per_prompt": 4,
@@ -211,7 +217,7 @@ def small(monkeypatch, tmp_path):
 
 
 def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small, monkeypatch):
-    rows = study.run(JOB, small, "quick")
+    rows = runs.run(JOB, small, "quick")
     assert [row["stage"] for row in rows] == [0, 1, 2, 3]
     assert [row["queries"] for row in rows] == [20, 40, 60, 80]
     assert ["oracle_train" in row for row in rows] == [False, False, False, True]
@@ -219,10 +225,10 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small, monke
     folder = small / "runs/ddpo_is_b2_learning_rate_0.001_101"
     assert [path.parent.name for path in folder.glob("stage*/images")] == ["stage3"]  # gigabytes over a whole study
     shutil.rmtree(folder / "stage3")
-    again = study.run(JOB, small, "quick")
+    again = runs.run(JOB, small, "quick")
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
-    config = study.configure(JOB, small, "quick")
-    base = study.measure(config, None, models.Models(config))
+    config = matrix.configure(JOB, small, "quick")
+    base = runs.measure(config, None, models.Models(config))
     other = [{**row, "method": "ddpo", "unet_evals": 2 * row["unet_evals"]} for row in rows]
     other[-1]["oracle_train"] = 0.25
     report.write(small, rows + other, base)
@@ -235,10 +241,10 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small, monke
     assert f"| ddpo_is | b2 - ddpo | at equal queries | 1 | | | {ours - 0.25:+.3f} |" in text
     assert f"| ddpo_is | b2 - ddpo | at equal UNet evaluations | 1 | | | {ours - halfway:+.3f} |" in text
     expected = [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows + other]
-    assert report.read(small / "results.csv") == expected
-    assert report.read(small / "nothing.csv") == []
+    assert results.read(small / "results.csv") == expected
+    assert results.read(small / "nothing.csv") == []
     (small / "curves.png").unlink()
-    monkeypatch.setattr(report, "draw", lambda *_: pytest.fail("curves of methods, for several settings of one"))
+    monkeypatch.setattr(curves, "draw_methods", lambda *_: pytest.fail("for several settings of a method"))
     several = [{**row, "settings": f"learning_rate {rate}"} for row in rows for rate in ("0.016", "3e-3", "0.001")]
     report.write(small, several, base)
     assert "b2 - ddpo" not in (small / "table.md").read_text()
@@ -246,7 +252,7 @@ def test_a_run_goes_on_where_it_was_stopped_and_the_report_holds_it(small, monke
 
 
 def test_a_run_that_fails_is_told_in_the_table_and_stops_no_other(tmp_path, monkeypatch):
-    figures = {**dict.fromkeys(report.COLUMNS[8:], 0.5), "queries": 9, "unet_evals": 9, "seconds": 1.0}
+    figures = {**dict.fromkeys(results.COLUMNS[8:], 0.5), "queries": 9, "unet_evals": 9, "seconds": 1.0}
 
     def run(job, out, kind):
         if job.method == "b2":
@@ -258,10 +264,10 @@ def test_a_run_that_fails_is_told_in_the_table_and_stops_no_other(tmp_path, monk
         monkeypatch.setenv(name, "1")
     pool = concurrent.futures.ThreadPoolExecutor
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *_: pool(1))
-    monkeypatch.setattr(study, "run", run)
+    monkeypatch.setattr(runs, "run", run)
     (tmp_path / "base.json").write_text(json.dumps(figures))
     with pytest.raises(UserError, match="1 of 2 runs failed"):
-        study.main(tmp_path, "quick", ["dpo:b2", "ddpo_is:ddpo"], [7])
+        runs.main(tmp_path, "quick", ["dpo:b2", "ddpo_is:ddpo"], [7])
     text = (tmp_path / "table.md").read_text()
     assert "| ddpo_is | ddpo | learning_rate 0.008 | 1 | 9 |" in text
     assert "Failed, and in no mean above: dpo b2 learning_rate 0.008, dpo_beta 1000 7: the gradient is" in text
@@ -269,15 +275,15 @@ def test_a_run_that_fails_is_told_in_the_table_and_stops_no_other(tmp_path, monk
 
 def test_rows_and_seeds_that_a_study_has_not_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"--rows typo:b2: must be of ddpo_is:ddpo ddpo_is:ddpo_bpt .* dpo:b2"):
-        study.main(tmp_path, "full", ["typo:b2", "dpok:b2"])
+        runs.main(tmp_path, "full", ["typo:b2", "dpok:b2"])
     with pytest.raises(UserError, match="--seeds: the search has its own"):
-        study.main(tmp_path, "search", ["dpok:b2"], [999])
+        runs.main(tmp_path, "search", ["dpok:b2"], [999])
     assert not list(tmp_path.iterdir())
 
 
 def test_labels_of_an_axis_tell_what_differs():
     rates = ["learning_rate 0.004, kl_weight 1", "learning_rate 1.6e-2, kl_weight 0.1"]
-    assert report.axis_labels(rates) == (["0.004, 1", "1.6e-2, 0.1"], "learning_rate, kl_weight")
-    assert report.axis_labels(["kind constant", "kind growing"]) == (["constant", "growing"], "kind")
+    assert curves.axis_labels(rates) == (["0.004, 1", "1.6e-2, 0.1"], "learning_rate, kl_weight")
+    assert curves.axis_labels(["kind constant", "kind growing"]) == (["constant", "growing"], "kind")
     brakes = ["learning_rate 4e-3", "learning_rate 4e-3, lr_schedule linear", "learning_rate 4e-3, target_kl 10"]
-    assert report.axis_labels(brakes) == (["learning_rate 4e-3", "lr_schedule linear", "target_kl 10"], "")
+    assert curves.axis_labels(brakes) == (["learning_rate 4e-3", "lr_schedule linear", "target_kl 10"], "")

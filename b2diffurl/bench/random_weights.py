@@ -14,9 +14,9 @@ import sys
 
 import torch
 
-from .. import models
 from ..errors import UserError
 from ..families import lora
+from ..families.loading import DTYPES
 
 PUBLISHED = "CompVis/stable-diffusion-v1-4"  # the model whose geometry this is
 
@@ -128,11 +128,11 @@ def write_clip(folder, architecture):
 
 def write_lora(loaded, folder):
     """Save a LoRA that does something, as a fresh one does not -> how many parameters the UNet has without it."""
-    unet, parameters = loaded.trainable()
+    policy, parameters = loaded.trainable()
     for parameter in parameters.values():
         torch.nn.init.normal_(parameter, std=0.05)
-    lora.save(unet, folder)
-    return sum(p.numel() for name, p in unet.named_parameters() if ".lora_" not in name)
+    lora.save(policy.denoiser, folder)
+    return sum(p.numel() for name, p in policy.denoiser.named_parameters() if ".lora_" not in name)
 
 
 def provide(config, scratch, quick):
@@ -148,7 +148,7 @@ def provide(config, scratch, quick):
             f"made for {PUBLISHED} alone"
         )
     if not on_disk:
-        write_pipeline(scratch / "pipeline", models.DTYPES[config.mixed_precision])
+        write_pipeline(scratch / "pipeline", DTYPES[config.mixed_precision])
         config.pretrained.model = str(scratch / "pipeline")
         flags = [f"--config.pretrained.model={config.pretrained.model}"]
     if not quick and config.reward.weights:
@@ -163,7 +163,7 @@ def write(folder, precision, architecture, geometry=GEOMETRY):
 
     Raises UserError where the disk has no room for them.
     """
-    folder, dtype = pathlib.Path(folder), models.DTYPES[precision]
+    folder, dtype = pathlib.Path(folder), DTYPES[precision]
     count = sum(parameter_count(model) for model in build(geometry).values())
     wanted = dtype.itemsize * count + 4 * parameter_count(build_clip(architecture))
     folder.mkdir(parents=True, exist_ok=True)

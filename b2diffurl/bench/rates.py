@@ -5,7 +5,6 @@ A preset whose models are on the hub is measured with random weights of their ge
 `python -m b2diffurl.bench --gpu-check --out DIR` tries what a first run on a GPU meets: see gpu_check.py.
 """
 
-import dataclasses
 import datetime
 import io
 import json
@@ -18,15 +17,19 @@ import tempfile
 import torch
 from PIL import Image
 
-from .. import models
 from ..errors import UserError
+from ..families.loading import DTYPES
+from ..guidance import take
+from ..models import Models
+from ..plan import stage_plan
 from ..rewards import full_float32
+from ..rollout import denoise
 from ..run import metrics
-from ..run.config import METHODS, interval_of, read_prompts
+from ..run.config import read_prompts
 from ..run.folder import versions
-from ..update import accumulate, loss_scale, precision_of
-from . import meter, random_weights
-from .meter import count, count_each, fitting, seconds_a_call
+from ..update import Learner, accumulate, build_optimizer, loss_scale
+from . import densities, meter, random_weights
+from .meter import count, count_each, fitting, seconds_per_call
 
 MINIMAL = (  # a stage that does everything once: for the start-up times
     "--config.exp_name=bench_startup", "--config.stage=0", "--config.method=b2", "--config.sample.groups=1",
@@ -50,11 +53,12 @@ def main(config, flags, out, quick):
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
         ready, found = random_weights.provide(config, scratch, quick)
-        loaded, checkpoint, starts = models.Models(config), scratch / "lora", {}
+        loaded, checkpoint, starts = Models(config), scratch / "lora", {}
         parameters = random_weights.write_lora(loaded, checkpoint)
         sampling, latent, pictures = measure_sampling(loaded, checkpoint, budget)
         training = measure_training(loaded, checkpoint, budget)
-        first = meter.first_pass(loaded, checkpoint, *meter.affordable(config, sampling, training["batch"], 4 * budget))
+        sizes_of_pass = densities.affordable(config, sampling, training["batch"], 4 * budget)
+        first = densities.first_pass(loaded, checkpoint, *sizes_of_pass)
         phases = {"sampling": sampling, "training": training}
         if ready or not quick:
             phases["scoring"] = measure_scoring(loaded, pictures, budget)
@@ -76,95 +80,91 @@ def main(config, flags, out, quick):
         (folder / "bench.txt").write_text(table(result) + "\n", encoding="utf-8")
 
 
-def mean_interval(config):
-    """Start and length of the trained interval, in steps, averaged over the run's stages."""
-    stages, copy = [], config.copy_and_resolve_references()
-    for copy.stage in range(config.schedule.stage_count):
-        stages.append(interval_of(copy))
-    return statistics.mean(first for first, _ in stages), statistics.mean(stop - first for first, stop in stages)
-
-
-def prefix_share(config):
-    """How much of a prefix an image pays for: its group's branches share one."""
-    return 1 / config.sample.branches if METHODS[config.method][1] else 1
+def stage_plans(config):
+    """The Plan of every stage of the run."""
+    copy = config.copy_and_resolve_references()
+    return [stage_plan(copy) for copy.stage in range(config.schedule.stage_count)]
 
 
 def steps_per_image(config):
-    """Guided UNet steps that an image pays for."""
-    start, length = mean_interval(config)
-    return start * prefix_share(config) + length
+    """Guided predictions that an image pays for, averaged over the run's stages."""
+    return statistics.mean(plan.evaluations / plan.images for plan in stage_plans(config))
 
 
 def sizes(config, latent, picture):
     """Facts of an image: latent (C, H, W), its PIL picture, and what a stage stores of it."""
-    coded, length = io.BytesIO(), mean_interval(config)[1]
+    coded, of_transition = io.BytesIO(), 4 + 4 * 8  # bytes of a log-probability and of four indices
     picture.save(coded, "png")
-    latents = (length + prefix_share(config)) * latent.nbytes
+    stored = [
+        (plan.states * latent.nbytes + len(plan.transitions.step) * of_transition) / plan.images
+        for plan in stage_plans(config)
+    ]
     return {
         "latent_shape": list(latent.shape),
         "picture_size": list(picture.size),
         "unet_steps_per_image": steps_per_image(config),
-        "stored_bytes_per_image": round(latents + 4 * length) + len(coded.getvalue()),
+        "stored_bytes_per_image": round(statistics.mean(stored)) + len(coded.getvalue()),
     }
 
 
 def measure_sampling(loaded, checkpoint, budget):
     """An image is steps_per_image guided steps, and decoding -> (figures, a latent (C, H, W), pictures)."""
-    config, phase, steps = loaded.config, {"unit": "images"}, steps_per_image(loaded.config)
+    config, phase, steps, family = loaded.config, {"unit": "images"}, steps_per_image(loaded.config), loaded.family
     with meter.peak_memory(phase):
-        sampler, vae = loaded.sampler(checkpoint), loaded.vae
-        before = sampler.initial(torch.randn(max(2, config.sample.batch_size), *sampler.latent_shape))
-        noise = torch.randn(len(before), 1, *sampler.latent_shape)
-        own = loaded.embed([read_prompts(config.prompts.train)[0]]).to(before.device)
+        policy = loaded.policy(checkpoint)
+        denoiser, noise = policy.denoiser, torch.randn(max(2, config.sample.batch_size), 1, *family.latent_shape)
+        before, noise = policy.initial(noise[:, 0]), noise.to(policy.device)
+        own = family.embed([read_prompts(config.prompts.train)[0]])
+        own = {name: tensor.to(policy.device) for name, tensor in own.items()}
 
         def walk(n):
-            return sampler.denoise(before[:n], own.expand(n, -1, -1), noise[:n], [0])[0][:, 0]
+            return denoise(policy, before[:n], take(own, [0] * n), noise[:n], [0])[0][1]
 
         @torch.no_grad()
-        def unet_alone(n):
-            latents = before[:n].repeat(2, 1, 1, 1).to(sampler.unet.dtype)
-            sampler.unet(latents, sampler.scheduler.timesteps[0], own.expand(2 * n, -1, -1))
+        def denoiser_alone(n):
+            latents = before[:n].repeat(family.calls, *[1] * (before.ndim - 1)).to(denoiser.dtype)
+            denoiser(latents, policy.kernel.time(0), **take(own, [0] * len(latents)))
 
         batch = fitting(config.sample.batch_size, walk, budget)
-        guided = seconds_a_call(lambda: walk(batch), budget)
-        alone = seconds_a_call(lambda: unet_alone(batch), budget / 3)
+        guided = seconds_per_call(lambda: walk(batch), budget)
+        alone = seconds_per_call(lambda: denoiser_alone(batch), budget / 3)
         latents = walk(batch)
-        finish = seconds_a_call(lambda: models.decode(vae, latents), budget / 3)
-        pictures = [Image.fromarray(picture.numpy()) for picture in models.decode(vae, latents[:4]).cpu()]
+        finish = seconds_per_call(lambda: family.decode(latents), budget / 3)
+        pictures = [Image.fromarray(picture.numpy()) for picture in family.decode(latents[:4]).cpu()]
     seconds = (steps * guided + finish) / batch
-    step_flops, _ = count_each(walk, sampler.unet)
-    flops = steps * step_flops + count(lambda: models.decode(vae, latents[:1]), vae)[0]
+    step_flops, _ = count_each(walk, denoiser)
+    flops = steps * step_flops + count(lambda: family.decode(latents[:1]), family.vae)[0]
     phase |= {"batch": batch, "per_s": 1 / seconds, "seconds_per_step": guided / batch, "flops_per_step": step_flops}
     phase |= {"flops_each": flops, "flops_per_s": flops / seconds}
     return phase | {"unet_share": min(1.0, steps * alone / batch / seconds)}, latents[0], pictures
 
 
 def measure_training(loaded, checkpoint, budget):
-    """Forward and backward of (sample, step) pairs, as an update of ddpo_is accumulates them -> figures."""
-    config, phase = loaded.config, {"unit": "pairs"}
+    """Forward and backward of transitions, as an update of ddpo_is accumulates them -> figures."""
+    config, phase = loaded.config, {"unit": "transitions"}
     config.train.algorithm = "ddpo_is"
-    scheduler, pair = meter.sample_pairs(loaded, checkpoint, 1, 1)
+    _, experience = densities.sampled(loaded, checkpoint, 1, 1)
     with meter.peak_memory(phase):
-        unet, _ = loaded.trainable(checkpoint)
-        batch = fitting(config.train.batch_size, lambda n: update(unet, scheduler, pair, n, config), budget)
-        seconds = seconds_a_call(lambda: update(unet, scheduler, pair, batch, config), budget) / batch
-    flops, kept = count_each(lambda n: update(unet, scheduler, pair, n, config), unet)
+        policy, parameters = loaded.trainable(checkpoint)
+        learner = Learner(policy, build_optimizer(config.train, parameters))
+
+        def work(n):
+            gradients(learner, experience, n, config.train)
+
+        batch = fitting(config.train.batch_size, work, budget)
+        seconds = seconds_per_call(lambda: work(batch), budget) / batch
+    flops, saved = count_each(work, policy.denoiser)
     phase |= {"batch": batch, "per_s": 1 / seconds, "flops_each": flops, "flops_per_s": flops / seconds}
-    return phase | {"kept_bytes_per_pair": kept}
+    return phase | {"saved_bytes_per_transition": saved}
 
 
-def update(unet, scheduler, pair, count, config):
-    """Compute the gradients of an update of `pair`, Pairs (1, 1), `count` times, and drop them."""
-    rows = [0] * count
-    pairs = dataclasses.replace(
-        pair, latents=pair.latents[rows], log_probs=pair.log_probs[rows], advantages=pair.advantages[rows],
-        embeds=pair.embeds[rows],
-    )  # fmt: skip
-    scale, generator = loss_scale(unet, pairs, count, config), torch.Generator().manual_seed(0)
+def gradients(learner, experience, count, train):
+    """Compute the gradients of an update of an experience's one transition, `count` times, and drop them."""
+    many, generator = densities.repeated(experience, count), torch.Generator().manual_seed(0)
     try:
-        accumulate(unet, scheduler, pairs, torch.arange(count), config, generator, scale)
+        accumulate(learner, many, torch.arange(count), train, generator, loss_scale(learner.policy, many, count, train))
     finally:
-        unet.zero_grad()
+        learner.optimizer.zero_grad()
 
 
 def measure_scoring(loaded, pictures, budget):
@@ -177,7 +177,7 @@ def measure_scoring(loaded, pictures, budget):
             reward([pictures[i % len(pictures)] for i in range(n)], [prompts[i % len(prompts)] for i in range(n)])
 
         batch = fitting(config.reward.batch_size, work, budget)
-        seconds = seconds_a_call(lambda: work(batch), budget / 3) / batch
+        seconds = seconds_per_call(lambda: work(batch), budget / 3) / batch
         flops = count(lambda: work(batch), torch.nn.Module())[0] / batch
     return phase | {"batch": batch, "per_s": 1 / seconds, "flops_each": flops, "flops_per_s": flops / seconds}
 
@@ -187,9 +187,11 @@ def add_shares(config, phases, budget):
 
     Raises UserError for more than the whole: either the operations or the yardstick would be wrong.
     """
-    own = meter.matmul_rate(models.DTYPES[config.mixed_precision], budget)
+    own = meter.matmul_rate(DTYPES[config.mixed_precision], budget)
+    tf32 = config.allow_tf32 and torch.cuda.is_available()
     with full_float32():
-        scoring = own if precision_of(config) == "no" else meter.matmul_rate(torch.float32, budget)
+        same = config.mixed_precision == "no" and not tf32
+        scoring = own if same else meter.matmul_rate(torch.float32, budget)
     for name, phase in phases.items():
         share = phase["matmul_share"] = phase["flops_per_s"] / (scoring if name == "scoring" else own)
         if share > 1:
@@ -223,15 +225,15 @@ def table(result):
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         f"weights: {result['weights']}; {model}, pictures {'x'.join(map(str, result['picture_size']))}",
         f"precision {result['precision']}, {result['threads']} threads; {matmul}; "
-        f"{result['unet_steps_per_image']:.2f} guided steps an image",
+        f"{result['unet_steps_per_image']:.2f} guided steps per image",
         "",
         HEAD,
         *(phase_line(name, phase) for name, phase in result["phases"].items()),
         "",
         f"start-up: {starts or 'not measured'}",
-        f"stored: {result['stored_bytes_per_image'] / 1024:.1f} KiB an image; kept for the backward pass: "
-        f"{result['phases']['training']['kept_bytes_per_pair'] / 2**20:.2f} MiB a pair",
-        *meter.first_pass_lines(result["first_pass"]),
+        f"stored: {result['stored_bytes_per_image'] / 1024:.1f} KiB per image; saved for the backward pass: "
+        f"{result['phases']['training']['saved_bytes_per_transition'] / 2**20:.2f} MiB per transition",
+        *densities.first_pass_lines(result["first_pass"]),
     ])  # fmt: skip
 
 

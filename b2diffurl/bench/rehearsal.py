@@ -20,7 +20,7 @@ import time
 import torch
 
 from ..errors import UserError
-from ..models import DTYPES
+from ..families.loading import DTYPES
 from ..run import metrics, storage
 from ..run.folder import versions
 from . import meter, random_weights

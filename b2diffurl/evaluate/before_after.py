@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import models
 from ..errors import UserError
+from ..guidance import take
+from ..models import Models
 from ..noise import stream_noise, stream_seed
 from ..rewards import clip_of
+from ..rollout import denoise
 from ..run import processes, storage
 from ..run.config import read_prompts
 from ..run.folder import Run, start_log
@@ -27,18 +29,15 @@ RESAMPLES = 10_000
 MATTERS = ("pretrained", "sample", "reward", "evaluate")  # the settings that an evaluation depends on
 
 
-def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size="", loaded=None):
+def main(config, checkpoint, out, prompts="", loaded=None):
     """Write eval.json and before_after.png into `out`, and print the table; what is there already is only printed.
 
+    prompts: a prompt file, the configuration's train and held-out lists unless given.
     loaded: the Models of a whole run, the evaluation's own unless given.
     """
     out = pathlib.Path(out)
     if not pathlib.Path(checkpoint, "pytorch_lora_weights.safetensors").is_file():
         raise UserError(f"--checkpoint {checkpoint}: it holds no pytorch_lora_weights.safetensors")
-    if images_per_prompt:
-        config.evaluate.images_per_prompt = _positive("images_per_prompt", images_per_prompt)
-    if batch_size:
-        config.sample.batch_size = _positive("batch_size", batch_size)
     paths = {"train": config.prompts.train, "held-out": config.prompts.test}
     if prompts:
         paths = {pathlib.Path(prompts).stem: prompts}
@@ -50,14 +49,14 @@ def main(config, checkpoint, out, prompts="", images_per_prompt="", batch_size="
         log.info(table(stored["results"]))
         return
     out.mkdir(parents=True, exist_ok=True)
-    loaded, count = loaded or models.Models(config), config.evaluate.images_per_prompt
+    loaded, count = loaded or Models(config), config.evaluate.images_per_prompt
     results, pictures, measures, first = [], {}, [], processes.rank() == 0
 
     def load():
         if first:  # the others only sample
             with loaded.scoring() as reward:
-                clip = clip_of(reward, config, models.device())
-            measures.extend([clip, Quality(config, models.device())])
+                clip = clip_of(reward, config, processes.device())
+            measures.extend([clip, Quality(config, processes.device())])
 
     processes.agree(load)
     for model, folder in (("before", None), ("after", checkpoint)):
@@ -91,17 +90,11 @@ def _settings(config, checkpoint, lists):
     }  # fmt: skip
 
 
-def _positive(flag, text):
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--{flag} {text}: must be a whole number of at least 1")
-    return int(text)
-
-
 @torch.no_grad()
 def generate(config, loaded, lists, checkpoint, label):
-    """{list name: PIL images, evaluate.images_per_prompt a prompt}, by the base model or with a checkpoint's LoRA.
+    """{list name: PIL images, evaluate.images_per_prompt per prompt}, by the base model or with a checkpoint's LoRA.
 
-    All processes sample a part, and all have all images.
+    All processes sample a share, and all have all images.
 
     The noise of an image depends on evaluate.seed, its prompt and its number alone.
     """
@@ -109,35 +102,37 @@ def generate(config, loaded, lists, checkpoint, label):
 
     names, count = list(lists), config.evaluate.images_per_prompt
     distinct = list(dict.fromkeys(p for name in names for p in lists[name]))
-    embeds, sampler = loaded.embed(distinct), loaded.sampler(checkpoint)
+    embeds, policy = loaded.family.embed(distinct), loaded.policy(checkpoint)
     wanted = [(name, prompt, i) for name in names for prompt in lists[name] for i in range(count)]
     images = {name: [] for name in names}
     steps = config.sample.num_steps
-    mine = wanted[processes.part(len(wanted))]
+    mine = wanted[processes.share(len(wanted))]
     for first in tqdm(range(0, len(mine), config.sample.batch_size), desc=f"images {label}", leave=False, disable=None):
         batch = mine[first : first + config.sample.batch_size]
         seeds = [stream_seed(config.evaluate.seed, "evaluation", prompt, i) for _, prompt, i in batch]
-        noise = torch.stack([stream_noise(seed, steps + 1, sampler.latent_shape) for seed in seeds])
-        own = embeds[[distinct.index(prompt) for _, prompt, _ in batch]].to(models.device())
-        path, _ = sampler.denoise(sampler.initial(noise[:, 0]), own, noise[:, 1:], range(steps))
-        for (name, _, _), picture in zip(batch, models.decode(loaded.vae, path[:, -1]).cpu(), strict=True):
+        noise = torch.stack([stream_noise(seed, steps + 1, loaded.family.latent_shape) for seed in seeds])
+        noise = noise.to(policy.device, non_blocking=True)
+        cond = take(embeds, [distinct.index(prompt) for _, prompt, _ in batch])
+        cond = {name: tensor.to(policy.device) for name, tensor in cond.items()}
+        states, _ = denoise(policy, policy.initial(noise[:, 0]), cond, noise[:, 1:], range(steps))
+        for (name, _, _), picture in zip(batch, loaded.family.decode(states[-1]).cpu(), strict=True):
             images[name].append(Image.fromarray(picture.numpy()))
     found = processes.gather(images)
-    return {name: [image for part in found for image in part[name]] for name in names}
+    return {name: [image for own in found for image in own[name]] for name in names}
 
 
 def measure(config, reward, clip, prompts, images):
-    """Figures of one list's images, evaluate.images_per_prompt a prompt; intervals are resampled over prompts.
+    """Figures of one list's images, evaluate.images_per_prompt per prompt; intervals are resampled over prompts.
 
-    Reward and its parts, CLIPScore, diversity, and oracle alignment where config.evaluate asks for it.
+    Reward and its terms, CLIPScore, diversity, and oracle alignment where config.evaluate asks for it.
     """
     count = config.evaluate.images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    total, parts = reward.score(images, repeated)
+    total, terms = reward.score(images, repeated)
     values = {"images": len(images), "images_sha256": hashlib.sha256(b"".join(i.tobytes() for i in images)).hexdigest()}
     values |= _with_interval("reward", total.reshape(-1, count))
-    if set(parts) != {"clip"}:
-        values |= {name: part.mean() for name, part in {"clip": clip(images, repeated).numpy(), **parts}.items()}
+    if set(terms) != {"clip"}:
+        values |= {name: term.mean() for name, term in {"clip": clip(images, repeated).numpy(), **terms}.items()}
     right = verdicts(images, repeated) if config.evaluate.oracle else None
     if right is not None:
         values |= _with_interval("oracle", right.reshape(-1, count))

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-ROWS, COLUMNS, TILE, LABEL, GAP = 6, 4, 96, 190, 12  # prompts a list, images a prompt and model; pixels
+ROWS, COLUMNS, TILE, LABEL, GAP = 6, 4, 96, 190, 12  # prompts per list, images per prompt and model; pixels
 
 
 def shown(prompts):

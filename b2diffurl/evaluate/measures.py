@@ -12,8 +12,8 @@ import torch
 
 from ..errors import UserError
 
-LPIPS_PAIRS = 64  # pairs of pictures a call
-INCEPTION_IMAGES = 32  # pictures a call
+LPIPS_PAIRS = 64  # pairs of pictures per call
+INCEPTION_IMAGES = 32  # pictures per call
 SPLITS = 10  # of the Inception Score (Salimans et al., arXiv 1606.03498)
 
 
@@ -44,7 +44,7 @@ class Quality:
                 self.inception = InceptionScore(splits=SPLITS).to(device)
 
     def __call__(self, images, count):
-        """PIL images of 64x64 pixels at least, `count` a prompt, in order -> {name: figure}."""
+        """PIL images of 64x64 pixels at least, `count` per prompt, in order -> {name: figure}."""
         values = {}
         if self.lpips is not None:
             values["lpips"] = lpips_distance(self.lpips, images, count)

@@ -9,19 +9,16 @@ import torch
 from ..errors import UserError
 from ..run import storage
 
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention of the UNet
 
-
-def add(unet, config):
-    """Attach a fresh LoRA: down-projection N(0, 1/rank²), up-projection zero, scale 1.
+def add(unet, targets, rank, seed):
+    """Attach a fresh LoRA to the layers `targets`: down-projection N(0, 1/rank²), up-projection zero, scale 1.
 
     -> {name: parameter}, float32 and trainable.
     """
     from peft import LoraConfig
 
-    torch.manual_seed(config.seed)
-    rank = config.train.lora_rank
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS))
+    torch.manual_seed(seed)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*targets]))
     return _trainable(unet)
 
 

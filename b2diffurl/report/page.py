@@ -10,8 +10,8 @@ from PIL import Image
 
 from ..errors import UserError
 from ..evaluate.before_after import table
+from ..plan import METHODS
 from ..run import metrics, storage
-from ..run.config import METHODS
 
 CHARTS = (  # title, what it says, step, {figure: label}, against
     ("Reward", "Mean over the stage's images, before that stage's training.", "select", {"reward/mean": ""}, "queries"),
@@ -54,7 +54,7 @@ def main(folder):
         charts=charts(records),
         stages=[sheet(folder / f"stage{stage}", stage) for stage in shown_stages(folder)],
         evaluation=evaluation(folder),
-        branching=METHODS[settings["method"]][1] if settings else True,
+        branching=METHODS[settings["method"]].branches if settings else True,
         settings=settings,
         versions=read(folder / "versions.json"),
     )

@@ -10,29 +10,29 @@ import importlib
 import torch
 
 from ..errors import UserError
-from ..run.config import reward_parts
+from ..run.config import reward_terms
 
 
 class Reward:
-    """The weighted sum of rewards; parts: [(name, weight, reward(images, prompts) -> N numbers)]."""
+    """The weighted sum of rewards; terms: [(name, weight, reward(images, prompts) -> N numbers)]."""
 
-    def __init__(self, parts):
-        self.parts = parts
+    def __init__(self, terms):
+        self.terms = terms
 
     def score(self, images, prompts):
-        """The sum, float64 numpy (N,), and {name: the same} of its parts; UserError for a bad shape or score."""
+        """The sum, float64 numpy (N,), and {name: the same} of its terms; UserError for a bad shape or score."""
         with full_float32():
-            found = {name: _checked(name, reward(images, prompts), prompts) for name, _, reward in self.parts}
-        return sum(weight * found[name] for name, weight, _ in self.parts), found
+            found = {name: _checked(name, reward(images, prompts), prompts) for name, _, reward in self.terms}
+        return sum(weight * found[name] for name, weight, _ in self.terms), found
 
     def __call__(self, images, prompts):
         """N PIL images and their prompts -> (N,) float32."""
         return torch.from_numpy(self.score(images, prompts)[0]).float()
 
     def move(self, device):
-        """Put the models of all parts there: what waits for the next stage need not fill the GPU."""
-        holders = [part for _, _, part in self.parts]
-        holders += [part.clip for part in holders if hasattr(part, "clip")]
+        """Put the models of all terms there: what waits for the next stage need not fill the GPU."""
+        holders = [term for _, _, term in self.terms]
+        holders += [term.clip for term in holders if hasattr(term, "clip")]
         for model in [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]:
             if isinstance(model, torch.nn.Module):
                 model.to(device)
@@ -53,12 +53,12 @@ def full_float32():
 
 
 def load_reward(config, device):
-    """The Reward that config.reward.name names, each part loaded once, on the device, in float32 (LLaVA: the run's)."""
-    return Reward([(name, weight, _load(name, config, device)) for name, weight in reward_parts(config.reward.name)])
+    """The Reward that config.reward.name names, each term loaded once, on the device, in float32 (LLaVA: the run's)."""
+    return Reward([(name, weight, _load(name, config, device)) for name, weight in reward_terms(config.reward.name)])
 
 
 def _load(name, config, device):
-    from ..models import DTYPES
+    from ..families.loading import DTYPES
 
     reward = config.reward
     where = {"batch_size": reward.batch_size, "device": device}
@@ -106,8 +106,8 @@ def load_clip(config, device):
 
 
 def clip_of(reward, config, device):
-    """load_clip's model: the one that is a part of the loaded Reward, where one is."""
-    return next((part for name, _, part in reward.parts if name == "clip"), None) or load_clip(config, device)
+    """load_clip's model: the one that is a term of the loaded Reward, where one is."""
+    return next((term for name, _, term in reward.terms if name == "clip"), None) or load_clip(config, device)
 
 
 def _checked(name, raw, prompts):

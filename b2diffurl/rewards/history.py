@@ -22,7 +22,7 @@ class RewardHistory:
         scores = np.asarray(scores, dtype=np.float64)
         prompts = list(prompts)
         if scores.shape != (len(prompts),):
-            raise ValueError(f"need one score a prompt: {len(prompts)} prompts, scores of shape {scores.shape}")
+            raise ValueError(f"need one score per prompt: {len(prompts)} prompts, scores of shape {scores.shape}")
         if not np.isfinite(scores).all():
             raise ValueError(f"non-finite reward for the prompt {prompts[int((~np.isfinite(scores)).argmax())]!r}")
         stage = {}

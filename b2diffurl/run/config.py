@@ -6,20 +6,38 @@ import math
 import pathlib
 import re
 
+from ..credit import RULES
 from ..errors import UserError
+from ..losses import ALGORITHMS
+from ..plan import METHODS
+from ..schedule import KINDS
 
-METHODS = {  # method -> (backward progressive training, branches)
-    "b2": (True, True),
-    "ddpo_bpt": (True, False),
-    "ddpo_bs": (False, True),
-    "ddpo": (False, False),
+CHOICES = {
+    "method": tuple(METHODS),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "log_with": ("", "wandb"),
+    "schedule.kind": KINDS,
+    "select.credit": ("", *RULES),
+    "train.algorithm": tuple(ALGORITHMS),
+    "train.log_prob": ("mean", "sum"),
+    "train.accumulate_over": ("epoch", "stage"),
+    "train.lr_schedule": ("constant", "linear"),
 }
-CHOICES = {  # of config.train
-    "algorithm": ("ddpo_is", "ddpo_sf", "dpok", "dpo"),
-    "log_prob": ("mean", "sum"),
-    "accumulate_over": ("epoch", "stage"),
-    "lr_schedule": ("constant", "linear"),
-}
+AT_LEAST = {
+    "schedule.stage_count": 1, "schedule.left": 1, "sample.num_steps": 1, "sample.groups": 1, "sample.branches": 1,
+    "sample.batch_size": 1, "reward.batch_size": 1, "select.history": 0, "train.batch_size": 1, "train.kl_weight": 0,
+    "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.value_epochs": 1, "train.lora_rank": 1,
+    "train.target_kl": 0, "evaluate.images_per_prompt": 1, "keep.images": 0, "keep.trajectories": 0,
+    "keep.optimiser": 0,
+}  # fmt: skip
+ABOVE_0 = (
+    "sample.eta", "train.learning_rate", "train.clip_range", "train.max_grad_norm", "train.adv_clip", "train.dpo_beta",
+    "train.value_learning_rate",
+)  # fmt: skip
+FINITE = (
+    "sample.guidance_scale", "select.pos_threshold", "select.neg_threshold", "train.positive_weight",
+    "train.negative_weight", "train.kl_weight", "train.target_kl",
+)  # fmt: skip
 REWARDS = (
     "clip", "bertscore", "aesthetic", "pickscore", "hpsv2", "jpeg_compressibility", "jpeg_incompressibility",
 )  # fmt: skip
@@ -30,55 +48,20 @@ WEIGHTS = {  # reward -> the setting of a file that nothing downloads by itself,
     ),
     "hpsv2": ("hpsv2_weights", "HPS_v2.1_compressed.pt from https://huggingface.co/xswu/HPSv2"),
 }
-PRECISIONS = ("no", "fp16", "bf16")
 
 
 def check(config):
     """Raise UserError for the first value that no run could work with, missing files included."""
     _require(config.exp_name and "/" not in config.exp_name and not config.exp_name.startswith("."),
              "exp_name", config.exp_name, "must be a plain folder name")  # fmt: skip
-    _require(config.method in METHODS, "method", config.method, f"must be one of {', '.join(METHODS)}")
-    _require(config.mixed_precision in PRECISIONS, "mixed_precision", config.mixed_precision,
-             f"must be one of {', '.join(PRECISIONS)}")  # fmt: skip
-    _require(config.log_with in ("", "wandb"), "log_with", config.log_with, 'must be "" or "wandb"')
-    reduction = config.train.log_prob
-    full = config.mixed_precision == "no" and not config.allow_tf32
-    wanted = "a sum magnifies the rounding of half precision and of TF32 beyond its clip; take mean (with a clip_range "
-    wanted += "above that rounding, 0.02 or more), or config.mixed_precision=no with config.allow_tf32=False"
-    _require(reduction == "mean" or full, "train.log_prob", reduction, wanted)
-    for name in ("kl_weight", "target_kl"):
-        _require(config.train[name] >= 0, f"train.{name}", config.train[name], "must be 0 or more")
-    baseline = config.train.value_baseline
-    _require(config.train.algorithm == "dpok" or not baseline, "train.value_baseline", baseline,
-             "goes with config.train.algorithm=dpok alone")  # fmt: skip
-    _require(config.keep.optimiser != 1, "keep.optimiser", 1, "must be 0 or at least 2, or no stage could be repeated")
     for field, words in CHOICES.items():
-        value = config.train[field]
-        _require(value in words, f"train.{field}", value, f"must be one of {', '.join(words)}")
+        value = _get(config, field)
+        _require(value in words, field, value, f"must be one of {', '.join(word or repr(word) for word in words)}")
+    _check_numbers(config)
+    _check_algorithm(config)
     _check_reward(config.reward)
-    at_least = {
-        "schedule.stage_count": 1, "schedule.left": 1, "sample.num_steps": 1, "sample.groups": 1, "sample.branches": 1,
-        "sample.batch_size": 1, "reward.batch_size": 1, "select.history": 0, "train.batch_size": 1,
-        "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.value_epochs": 1, "train.lora_rank": 1,
-        "evaluate.images_per_prompt": 1, "keep.images": 0, "keep.trajectories": 0, "keep.optimiser": 0,
-    }  # fmt: skip
-    for field, low in at_least.items():
-        section, name = field.split(".")
-        _require(config[section][name] >= low, field, config[section][name], f"must be at least {low}")
-    for field in ("sample.eta", "train.learning_rate", "train.clip_range", "train.max_grad_norm", "train.adv_clip",
-                  "train.dpo_beta", "train.value_learning_rate"):  # fmt: skip
-        section, name = field.split(".")
-        value = config[section][name]
-        _require(math.isfinite(value) and value > 0, field, value, "must be a finite number above 0")
-    for section, names in {
-        "sample": ("guidance_scale",), "select": ("pos_threshold", "neg_threshold"),
-        "train": ("beta1", "beta2", "kl_weight", "target_kl"),
-    }.items():  # fmt: skip
-        for name in names:
-            value = config[section][name]
-            _require(math.isfinite(value), f"{section}.{name}", value, "must be a finite number")
-    _require(config.sample.eta <= 1, "sample.eta", config.sample.eta, "must be at most 1")
     _check_schedule(config)
+    _check_forks(config)
     read_prompts(config.prompts.train)
     read_prompts(config.prompts.test)
     _check_model_folder("pretrained.model", config.pretrained.model, "model_index.json")
@@ -86,27 +69,59 @@ def check(config):
         _check_model_folder("reward.model", config.reward.model.removeprefix("local-dir:"), "open_clip_config.json")
 
 
+def _get(config, field):
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def _check_numbers(config):
+    for field in FINITE:
+        _require(math.isfinite(_get(config, field)), field, _get(config, field), "must be a finite number")
+    for field, low in AT_LEAST.items():
+        _require(_get(config, field) >= low, field, _get(config, field), f"must be at least {low}")
+    for field in ABOVE_0:
+        value = _get(config, field)
+        _require(math.isfinite(value) and value > 0, field, value, "must be a finite number above 0")
+    _require(config.sample.eta <= 1, "sample.eta", config.sample.eta, "must be at most 1")
+    _require(config.keep.optimiser != 1, "keep.optimiser", 1, "must be 0 or at least 2, or no stage could be repeated")
+
+
+def _check_algorithm(config):
+    train, name = config.train, config.train.algorithm
+    algorithm = ALGORITHMS[name]
+    full = config.mixed_precision == "no" and not config.allow_tf32
+    wanted = "a sum magnifies the rounding of half precision and of TF32 beyond its clip; take mean (with a clip_range "
+    wanted += "above that rounding, 0.02 or more), or config.mixed_precision=no with config.allow_tf32=False"
+    _require(train.log_prob == "mean" or full, "train.log_prob", train.log_prob, wanted)
+    others = ", ".join(name for name, other in ALGORITHMS.items() if other.pretrained)
+    _require(algorithm.pretrained or not train.value_baseline, "train.value_baseline", train.value_baseline,
+             f"goes with config.train.algorithm={others} alone")  # fmt: skip
+    _require(not algorithm.preference or config.select.credit in ("", "contrast"), "select.credit",
+             config.select.credit, f"must be contrast: config.train.algorithm={name} compares two images")  # fmt: skip
+
+
 def _require(condition, field, value, wanted):
     if not condition:
         raise UserError(f"config.{field}={value!r}: {wanted}")
 
 
-def reward_parts(name):
-    """ "clip:1.0 + aesthetic:0.2" -> [("clip", 1.0), ("aesthetic", 0.2)]; a part without a weight has 1."""
-    parts = []
-    for part in re.split(r"\+(?=\s*[A-Za-z_])", name):  # not the + of 1e+3
-        head, colon, tail = part.strip().rpartition(":")
+def reward_terms(name):
+    """ "clip:1.0 + aesthetic:0.2" -> [("clip", 1.0), ("aesthetic", 0.2)]; a term without a weight has 1."""
+    terms = []
+    for term in re.split(r"\+(?=\s*[A-Za-z_])", name):  # not the + of 1e+3
+        head, colon, tail = term.strip().rpartition(":")
         try:
-            parts.append((head.strip(), float(tail)) if colon else (tail, 1.0))
+            terms.append((head.strip(), float(tail)) if colon else (tail, 1.0))
         except ValueError:  # package.module:function
-            parts.append((part.strip(), 1.0))
-    return parts
+            terms.append((term.strip(), 1.0))
+    return terms
 
 
 def _check_reward(reward):
-    whole, parts = reward.name, reward_parts(reward.name)
-    _require(len(dict(parts)) == len(parts), "reward.name", whole, "names a reward twice")
-    for name, weight in parts:
+    whole, terms = reward.name, reward_terms(reward.name)
+    _require(len(dict(terms)) == len(terms), "reward.name", whole, "names a reward twice")
+    for name, weight in terms:
         _require(math.isfinite(weight), "reward.name", whole, f"the weight of {name!r} must be a finite number")
         module, colon, function = name.partition(":")
         try:
@@ -122,16 +137,28 @@ def _check_reward(reward):
 
 
 def _check_schedule(config):
-    from ..schedule import KINDS
-
     schedule, steps = config.schedule, config.sample.num_steps
-    _require(schedule.kind in KINDS, "schedule.kind", schedule.kind, f"must be one of {', '.join(KINDS)}")
     _require(schedule.left <= schedule.right, "schedule.left", schedule.left,
              f"must be at most config.schedule.right={schedule.right}")  # fmt: skip
     _require(schedule.right <= steps, "schedule.right", schedule.right,
              f"the interval cannot be longer than config.sample.num_steps={steps}")  # fmt: skip
     _require(0 <= config.stage < schedule.stage_count, "stage", config.stage,
              f"must be in 0..{schedule.stage_count - 1} (config.schedule.stage_count - 1)")  # fmt: skip
+
+
+def _check_forks(config):
+    forks, steps = config.schedule.forks, config.sample.num_steps
+    if not forks:
+        return
+    _require(all(isinstance(fork, tuple) and [type(n) for n in fork] == [int, int] for fork in forks),
+             "schedule.forks", forks, "must be (step, fan-out) pairs such as ((6, 2), (10, 2), (14, 2))")  # fmt: skip
+    at = [step for step, _ in forks]
+    _require(at == sorted({*at}) and at[0] >= 0 and at[-1] < steps and all(fan_out > 1 for _, fan_out in forks),
+             "schedule.forks", forks, f"steps must rise within 0..{steps - 1}, and fan-outs be 2 or more")  # fmt: skip
+    images = math.prod(fan_out for _, fan_out in forks)
+    _require(images == config.sample.branches, "schedule.forks", forks,
+             f"it has {images} leaves: set config.sample.branches={images}")  # fmt: skip
+    _require(METHODS[config.method].branches, "schedule.forks", forks, f"config.method={config.method} has no branches")
 
 
 def _check_model_folder(field, value, marker):
@@ -155,12 +182,3 @@ def read_prompts(path):
     if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise UserError(f'prompt file {path} must hold a JSON array of one or more non-empty strings, like ["a cat"]')
     return prompts
-
-
-def interval_of(config):
-    """(start, stop) of the denoising steps that config.stage trains; without progressive training, always `right`."""
-    from ..schedule import interval
-
-    kind = config.schedule.kind if METHODS[config.method][0] else "constant"
-    schedule = config.schedule
-    return interval(kind, config.stage, schedule.stage_count, schedule.left, schedule.right, config.sample.num_steps)

@@ -33,6 +33,9 @@ FREE = (
     "evaluate.",
 )
 
+ADDED = {"schedule.forks": [], "select.credit": ""}  # settings that earlier runs lack, and what those did
+RENAMED = {"train.beta1": "train.positive_weight", "train.beta2": "train.negative_weight"}
+
 
 def flat(config):
     """{dotted name: value} of all settings, and the SHA-256 of the train prompts as "prompts.train_sha256"."""
@@ -40,7 +43,7 @@ def flat(config):
     settings = {"prompts.train_sha256": hashlib.sha256(prompts.encode()).hexdigest()}
     for name, value in config.to_dict().items():
         settings.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})
-    return settings
+    return json.loads(json.dumps(settings))  # as config.json has them
 
 
 def that_matter(settings):
@@ -53,6 +56,11 @@ def versions():
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in LIBRARIES}}
 
 
+def checkpoint_of(stage_folder):
+    """A stage's final checkpoint folder: its LoRA and optimiser state after training."""
+    return stage_folder / "checkpoints" / "checkpoint_1"
+
+
 class Run:
     """The paths of one run, and of its stage config.stage."""
 
@@ -62,6 +70,17 @@ class Run:
         self.previous = self.folder / f"stage{config.stage - 1}" if config.stage else None
         self.log = pathlib.Path("log") / f"{config.exp_name}.log"
         self.metrics = self.folder / "metrics.jsonl"
+        self.checkpoint = checkpoint_of(self.stage)
+
+    def require_previous(self):
+        """The checkpoint that the stage begins from, None in stage 0. Raises UserError where it is missing."""
+        if not self.previous:
+            return None
+        folder = checkpoint_of(self.previous)
+        if not folder.is_dir():
+            number = self.previous.name.removeprefix("stage")
+            raise UserError(f"{folder} is missing: stage {number} must be trained first")
+        return folder
 
     def check(self, config):
         """Raise UserError if the run was begun with other settings, prompts among them. Nothing is written.
@@ -71,7 +90,8 @@ class Run:
         path = self.folder / "config.json"
         if not path.exists():
             return
-        stored, pinned = that_matter(read_json(path, "the run")), that_matter(flat(config))
+        stored = {RENAMED.get(name, name): value for name, value in read_json(path, "the run").items()}
+        stored, pinned = that_matter(ADDED | stored), that_matter(flat(config))
         changed = [name for name in sorted({*stored, *pinned}) if stored.get(name) != pinned.get(name)]
         if changed:
             what = ", ".join(f"config.{name} was {stored.get(name)!r}, now {pinned.get(name)!r}" for name in changed)
@@ -109,19 +129,6 @@ def require_shared(folder):
     if blind := [node for node, there in seen if not there]:
         nodes = ", ".join(sorted({*blind}))
         raise SharedError(f"{folder} is another folder on {nodes}: give a config.save_path that all machines share")
-
-
-def checkpoint(stage_folder):
-    """The stage's final checkpoint folder: its LoRA and optimiser state after training."""
-    return stage_folder / "checkpoints" / "checkpoint_1"
-
-
-def require_checkpoint(stage_folder):
-    """checkpoint(stage_folder), or UserError if that stage was not trained."""
-    folder = checkpoint(stage_folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing: stage {stage_folder.name.removeprefix('stage')} must be trained first")
-    return folder
 
 
 PRUNED = {  # config.keep.<name> -> what goes, below a stage's folder

@@ -1,4 +1,4 @@
-"""Several processes of one step (accelerate, torch.distributed): who does which part, and how parts come together.
+"""Several processes of one step (accelerate, torch.distributed): who has which share, and how shares come together.
 
 Every function does the plain thing in a single process, without importing accelerate; PyTorch comes where it is used.
 """
@@ -62,7 +62,7 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def part(count):
+def share(count):
     """The slice of `count` things that is this process's: contiguous, sizes differ by at most one, maybe empty."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 

@@ -92,23 +92,23 @@ def fresh_folder(target):
         os.replace(aside, target)
 
 
-def join_parts(folder, tensors):
+def join_shares(folder, tensors):
     """Every process's {name: tensor}, joined along the first dimension, for process 0; a process may have none.
 
     They go through files below the folder, which all processes share.
     """
     import torch
 
-    parts = processes.gather(bool(tensors))
-    if len(parts) == 1:
+    there = processes.gather(bool(tensors))
+    if len(there) == 1:
         return tensors
     if tensors:
-        write_tensors(folder / f"part{processes.rank()}.safetensors", tensors)
+        write_tensors(folder / f"share{processes.rank()}.safetensors", tensors)
     processes.barrier()
     if processes.rank():
         return None
-    paths = [folder / f"part{number}.safetensors" for number, there in enumerate(parts) if there]
+    paths = [folder / f"share{number}.safetensors" for number, own in enumerate(there) if own]
     stored = [read_tensors(path, "run_sample.py") for path in paths]
-    for path in folder.glob("part*.safetensors"):  # those of an interrupted try with more processes too
+    for path in folder.glob("share*.safetensors"):  # those of an interrupted try with more processes too
         path.unlink()
-    return {name: torch.cat([part[name] for part in stored]) for name in stored[0]}
+    return {name: torch.cat([share[name] for share in stored]) for name in stored[0]}

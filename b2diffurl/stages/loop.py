@@ -1,23 +1,31 @@
 """The loop of run_process.sh in one warm process: the same three steps and the evaluation, with the same bits.
 
-Python starts once and every model is loaded once: three starts a stage with PyTorch, diffusers, OpenCLIP and gigabytes
-of weights cost more than the work of a stage that is short or spread over several GPUs.
+Python starts once and every model is loaded once: three starts per stage with PyTorch, diffusers, OpenCLIP and
+gigabytes of weights cost more than the work of a stage that is short or spread over several GPUs.
 """
 
 import time
 
-from .. import STARTED, models
+from .. import STARTED
 from ..evaluate import before_after
+from ..models import Models
 from ..report import page
 from ..run import processes
 from ..run.command import run_main
-from ..run.folder import Run, checkpoint
+from ..run.folder import Run
 from . import sample, select, train
+
+
+def run_stage(config, started=None, loaded=None):
+    """The three steps of config.stage; started, loaded: as the steps take them."""
+    for step in (sample, select, train):
+        step.main(config, started, loaded)
+        started = None
 
 
 def main(config):
     """Run every stage that is not complete, then the evaluation."""
-    started, loaded = STARTED, models.Models(config)
+    started, loaded = STARTED, Models(config)
     for stage in range(config.schedule.stage_count):
         config.stage = stage
         run = Run(config)
@@ -25,10 +33,9 @@ def main(config):
             if processes.rank() == 0:
                 print(f"stage {stage}: complete already", flush=True)
             continue
-        for step in (sample, select, train):
-            step.main(config, started, loaded)
-            started = time.perf_counter()
-    before_after.main(config, checkpoint(run.stage), run.folder, loaded=loaded)
+        run_stage(config, started, loaded)
+        started = time.perf_counter()
+    before_after.main(config, run.checkpoint, run.folder, loaded=loaded)
     if processes.rank() == 0:
         page.main(run.folder)
 

@@ -1,15 +1,15 @@
 """What run_process.sh asks before it starts; the last line is "<stages> <one|three> <run folder>"."""
 
 from ..run.command import run_main
-from ..run.config import reward_parts
+from ..run.config import reward_terms
 from ..run.folder import Run
 
 
 def main(config):
-    """Find out what would stop the run much later; then print stages, processes a stage, and the run's folder."""
+    """Find out what would stop the run much later; then print stages, processes per stage, and the run's folder."""
     run = Run(config)
     run.check(config)
-    for name, _ in reward_parts(config.reward.name):
+    for name, _ in reward_terms(config.reward.name):
         if ":" in name:  # a user's function
             from ..rewards import user_function
 

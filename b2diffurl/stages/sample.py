@@ -6,13 +6,17 @@ import time
 import torch
 from PIL import Image
 
-from .. import models
+from .. import rollout
 from ..errors import UserError
+from ..guidance import take
+from ..models import Models
 from ..noise import draw_prompts, stream_seed
+from ..plan import stage_plan
 from ..run import metrics, processes, storage
-from ..run.config import METHODS, interval_of, read_prompts
-from ..run.folder import Run, require_checkpoint, start_log
+from ..run.config import read_prompts
 from ..run.tracking import track
+from .begin import begin
+from .trajectories import write_rollout
 
 
 def main(config, started=None, loaded=None):
@@ -21,57 +25,43 @@ def main(config, started=None, loaded=None):
     started: time.perf_counter() when the step began, now unless given; its times count from there.
     loaded: the Models of a whole run, this step's own unless given.
     """
-    started = started or time.perf_counter()
-    run = Run(config)
-    log = start_log(run)
-    run.pin(config)
-    if processes.first((run.stage / "samples.json").exists()):
-        log.info(f"stage {config.stage} sample: complete already ({run.stage / 'samples.json'})")
+    started, opened = started or time.perf_counter(), begin(config, "sample")
+    if not opened:
         return
-    loaded = loaded or models.Models(config)
-    before = require_checkpoint(run.previous) if run.previous else None
-    rows = plan(config)
+    run, log = opened
+    before, loaded, plan, rows = (
+        run.require_previous(),
+        loaded or Models(config),
+        stage_plan(config),
+        image_rows(config),
+    )
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    embeds, sampler, vae = loaded.embed(prompts), loaded.sampler(before), loaded.vae
+    of_group = torch.tensor([prompts.index(row["prompt"]) for row in rows[:: plan.images]])
+    cond, policy = loaded.family.embed(prompts), loaded.policy(before)
+    loaded.family.vae  # noqa: B018 - loading it counts as start-up
     ready = time.perf_counter()
     run.stage.mkdir(parents=True, exist_ok=True)
-    interval = interval_of(config)
-    groups, tensors = processes.part(config.sample.groups), {}
-    mine = rows[groups.start * config.sample.branches : groups.stop * config.sample.branches]
+    groups, tensors = processes.share(config.sample.groups), {}
 
     def work():
-        if not mine:
-            return 0
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            made = _denoise(config, mine, prompts, embeds, sampler, vae, interval, folder, pool)
-        if not made.log_probs.isfinite().all():
-            raise UserError(
-                f"stage {config.stage}: the latents are not finite; nothing was written. Try config.mixed_precision="
-                "no or bf16; if training had diverged, lower config.train.learning_rate under a new config.exp_name"
-            )
-        tensors.update(start_latents=made.start_latents, latents=made.latents, log_probs=made.log_probs)
-        return made.unet_evals
+        own = rows[groups.start * plan.images : groups.stop * plan.images]
+        if own:
+            tensors.update(_denoise(config, policy, plan, own, take(cond, of_group[groups]), folder))
 
     with storage.fresh_folder(run.stage / "images") as folder:
-        unet_evals = sum(processes.agree(work))
-    tensors = storage.join_parts(run.stage, tensors)
+        processes.agree(work)
+    tensors = storage.join_shares(run.stage, tensors)
     if processes.rank():
         processes.barrier()
         return
-    tensors |= {
-        "timesteps": sampler.scheduler.timesteps[interval[0] : interval[1]].cpu(),
-        "prompt_embeds": embeds,
-        "negative_embeds": loaded.embed([""]),
-        "prompt_index": torch.tensor([prompts.index(row["prompt"]) for row in rows]),
-    }
-    storage.write_tensors(run.stage / "samples.safetensors", tensors)
-    seconds = time.perf_counter() - started
-    speed = len(rows) / (time.perf_counter() - ready)
+    forest = rollout.assemble(plan, tensors["states"], tensors["log_prob"], of_group)
+    write_rollout(run.stage / "samples.safetensors", forest, cond, loaded.family.embed([""]))
+    seconds, speed = time.perf_counter() - started, len(rows) / (time.perf_counter() - ready)
     values = {
-        "interval/start": interval[0],
-        "interval/length": interval[1] - interval[0],
+        "interval/start": plan.start,
+        "interval/length": plan.steps - plan.start,
         "sample/images": len(rows),
-        "perf/unet_evals": unet_evals,
+        "perf/unet_evals": loaded.family.calls * plan.evaluations * config.sample.groups,
         "perf/startup_s": round(ready - started, 3),
         "perf/images_per_s": round(speed, 3),
         "time_s": round(seconds, 3),
@@ -81,12 +71,12 @@ def main(config, started=None, loaded=None):
     processes.barrier()
     track(config, "sample", values, log)
     log.info(
-        f"stage {config.stage} sample: {len(rows)} images, last {interval[1] - interval[0]} of {interval[1]} steps "
+        f"stage {config.stage} sample: {len(rows)} images, last {plan.steps - plan.start} of {plan.steps} steps "
         f"branch, {speed:.1f} images/s, {seconds:.1f} s"
     )
 
 
-def plan(config):
+def image_rows(config):
     """The stage's images in order: [{image, prompt, group, branch, seed}]; group g has branches 0..K-1."""
     prompts = read_prompts(config.prompts.train)
     chosen = draw_prompts(config.seed, config.stage, len(prompts), config.sample.groups)
@@ -103,22 +93,23 @@ def plan(config):
     ]
 
 
-def _denoise(config, rows, prompts, embeds, sampler, vae, interval, folder, pool):
-    """Run the sampler over the rows; pictures are decoded batch by batch and written off the critical path."""
+def _denoise(config, policy, plan, rows, cond, folder):
+    """Sample the groups of the rows, whose Conditioning is cond (G, ...) -> {"states", "log_prob"} of rollout.sample.
+
+    Pictures are decoded batch by batch, and written off the critical path.
+    """
     from tqdm import tqdm
 
-    if METHODS[config.method][1]:  # a shared prefix for each group
-        roots = rows[:: config.sample.branches]
-        root_seeds = [stream_seed(config.seed, config.stage, row["group"], "prefix") for row in roots]
-    else:  # every image by itself, from its own x_T
-        roots = rows
-        root_seeds = [stream_seed(config.seed, config.stage, r["group"], f"prefix of {r['branch']}") for r in roots]
-    root_embeds = embeds[[prompts.index(row["prompt"]) for row in roots]].to(models.device())
-    saving = []
-    with tqdm(total=len(rows), desc=f"stage {config.stage} sample", unit="image", leave=False, disable=None) as bar:
+    numbers, saving = [row["group"] for row in rows[:: plan.images]], []
+    seeds = [
+        [stream_seed(config.seed, config.stage, number, name) for number in numbers for name in names]
+        for names in plan.streams()
+    ]
+    bar = tqdm(total=len(rows), desc=f"stage {config.stage} sample", unit="image", leave=False, disable=None)
+    with bar, concurrent.futures.ThreadPoolExecutor(4) as pool:
 
         def on_batch(first, latents):
-            pictures = models.decode(vae, latents).to("cpu", non_blocking=True)
+            pictures = policy.family.decode(latents).to("cpu", non_blocking=True)
             copied = torch.cuda.Event() if latents.is_cuda else None
             if copied:
                 copied.record()
@@ -126,11 +117,16 @@ def _denoise(config, rows, prompts, embeds, sampler, vae, interval, folder, pool
                 saving.append(pool.submit(save, picture, copied, folder / row["image"]))
             bar.update(len(latents))
 
-        seeds = [row["seed"] for row in rows]
-        trajectories = sampler.sample(root_embeds, root_seeds, seeds, interval, on_batch)
-    for future in saving:
-        future.result()
-    return trajectories
+        cond = {name: tensor.to(policy.device) for name, tensor in cond.items()}
+        states, log_prob = rollout.sample(policy, plan, cond, seeds, config.sample.batch_size, on_batch)
+        for future in saving:
+            future.result()
+    if not log_prob.isfinite().all():
+        raise UserError(
+            f"stage {config.stage}: the latents are not finite; nothing was written. Try config.mixed_precision="
+            "no or bf16; if training had diverged, lower config.train.learning_rate under a new config.exp_name"
+        )
+    return {"states": states, "log_prob": log_prob}
 
 
 def save(picture, copied, path):

@@ -4,20 +4,20 @@ import concurrent.futures
 import time
 
 import numpy as np
-import torch
 from PIL import Image
 
-from .. import models
+from ..credit import assign
 from ..errors import UserError
 from ..evaluate.measures import feature_distance
+from ..models import Models
+from ..plan import stage_plan
 from ..rewards.history import RewardHistory
 from ..run import metrics, processes, storage
-from ..run.config import METHODS
-from ..run.folder import Run, start_log
 from ..run.tracking import track
-from ..selection import select_contrasts
 from ..shapes.oracle import verdicts
-from .sample import plan
+from .begin import begin
+from .sample import image_rows
+from .trajectories import write_credit
 
 
 def main(config, started=None, loaded=None):
@@ -26,36 +26,42 @@ def main(config, started=None, loaded=None):
     started: time.perf_counter() when the step began, now unless given; its times count from there.
     loaded: the Models of a whole run, this step's own unless given.
     """
-    started = started or time.perf_counter()
-    run = Run(config)
-    log = start_log(run)
-    run.pin(config)
-    if processes.first((run.stage / "scores.json").exists()):
-        log.info(f"stage {config.stage} select: complete already ({run.stage / 'scores.json'})")
+    started, opened = started or time.perf_counter(), begin(config, "select")
+    if not opened:
         return
+    run, log = opened
     rows = storage.read_json(run.stage / "samples.json", "run_sample.py")
-    if rows != plan(config):
+    if rows != image_rows(config):
         raise UserError(f"{run.stage} holds the samples of another run: delete it and run run_sample.py again")
     past = _history(run.previous / "scores.json") if run.previous else []
-    loaded = loaded or models.Models(config)
+    loaded = loaded or Models(config)
     with loaded.scoring() as reward:
         ready = time.perf_counter()
-        raw, parts, measured, shown = _score(config, run, rows, reward)
+        raw, terms, measured, shown = _score(config, run, rows, reward)
         scoring = time.perf_counter() - ready
 
     def conclude():
         if processes.rank():
             return
-        normalised, history, kept, values = _select(config, rows, raw, parts, past, log)
-        values |= measured
+        history = RewardHistory.from_state(past, config.select.history)
+        normalised = history.normalise([row["prompt"] for row in rows], raw)
+        credit, kept = _credit(config, rows, raw, normalised, log)
+        values = _figures(config, rows, raw, terms) | measured
+        values |= {"select/kept": int(kept.sum()), "select/kept_best": int((normalised[kept] > 0).sum())}
         values = {name: v if isinstance(v, int) else round(float(v), 6) for name, v in values.items()}
         values["perf/startup_s"] = round(ready - started, 3)
         values["perf/images_per_s"] = round(len(raw) / scoring, 3)
         values["time_s"] = round(time.perf_counter() - started, 3)
-        _write(config, run, rows, raw, normalised, history, kept, values)
+        write_credit(run.stage / "selected.safetensors", credit)
+        metrics.record(run.metrics, config, "select", values)
+        scores = [
+            {**row, "reward": float(r), "normalised": float(n), "kept": bool(k)}
+            for row, r, n, k in zip(rows, raw, normalised, kept, strict=True)
+        ]  # last, since it says that the step is complete
+        storage.write_json(run.stage / "scores.json", {"scores": scores, "history": history.state()})
         track(config, "select", values, log, shown)
         log.info(
-            f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {len(kept)} of "
+            f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {kept.sum()} of "
             f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if "oracle/alignment" in values else "")
             + f", {values['time_s']:.1f} s"
         )  # fmt: skip
@@ -74,14 +80,14 @@ def _history(path):
 
 
 def _score(config, run, rows, reward):
-    """-> rewards (N,), {part: rewards (N,)}, {figure beside the reward: value}, a few PIL images to show.
+    """-> rewards (N,), {term: rewards (N,)}, {figure beside the reward: value}, a few PIL images to show.
 
-    Every process reads, scores and measures its own part of the images.
+    Every process reads, scores and measures its own share of the images.
     """
-    mine, branches, shown = processes.part(len(rows)), config.sample.branches, []
+    mine, branches, shown = processes.share(len(rows)), config.sample.branches, []
     own = rows[mine]
     prompts = [row["prompt"] for row in own]
-    clip = next((part for name, _, part in reward.parts if name == "clip"), None)
+    clip = next((term for name, _, term in reward.terms if name == "clip"), None)
 
     def work():
         with concurrent.futures.ThreadPoolExecutor() as pool:  # decoding a large PNG takes longer than scoring it
@@ -95,72 +101,54 @@ def _score(config, run, rows, reward):
         }
 
     found = processes.agree(work)
-    scores, features, right = ([part[name] for part in found if part[name] is not None] for name in found[0])
-    parts, values = {name: np.concatenate([own[name] for _, own in scores]) for name in scores[0][1]}, {}
+    scores, features, right = ([own[name] for own in found if own[name] is not None] for name in found[0])
+    terms, values = {name: np.concatenate([own[name] for _, own in scores]) for name in scores[0][1]}, {}
     if features and config.sample.groups > 1:
         values["diversity/clip"] = between_groups(np.concatenate(features), [r["prompt"] for r in rows[::branches]])
     if sum(map(len, right)) == len(rows):  # all prompts are of the oracle's world
         values["oracle/alignment"] = np.concatenate(right).mean()
-    return np.concatenate([total for total, _ in scores]), parts, values, shown
+    return np.concatenate([total for total, _ in scores]), terms, values, shown
 
 
-def _select(config, rows, raw, parts, past, log):
-    """-> normalised rewards (N,), the history with them, kept image indices, figures."""
-    history = RewardHistory.from_state(past, config.select.history)
-    normalised = history.normalise([row["prompt"] for row in rows], raw)
-    kept = keep(config, normalised)
-    pools = [raw[[row["prompt"] == prompt for row in rows]] for prompt in {row["prompt"] for row in rows}]
-    pools = [pool for pool in pools if len(pool) > 1]
-    if pools and all((pool == pool[0]).all() for pool in pools):
+def _credit(config, rows, raw, normalised, log):
+    """The stage's Credit and its chosen images (N,); none where no prompt's images differ in reward."""
+    pools = [pool for pool in _pools(rows, raw) if len(pool) > 1]
+    flat = bool(pools) and all((pool == pool[0]).all() for pool in pools)
+    if flat:
         what = f"stage {config.stage} select: {config.reward.name!r} gave all images of a prompt the same reward"
         if config.stage == 0:
             raise UserError(f"{what}, of each prompt: there is nothing to learn from; nothing was written")
         log.warning(f"{what}, of each prompt: nothing is trained on")
-        kept = []
+    credit, kept = assign(stage_plan(config), normalised.reshape(-1, config.sample.branches), config)
+    return (credit.none(), np.zeros_like(kept)) if flat else (credit, kept)
+
+
+def _pools(rows, raw):
+    """The rewards of each prompt's images, [(n,), ...]."""
+    prompts = np.array([row["prompt"] for row in rows])
+    return [raw[prompts == prompt] for prompt in {row["prompt"] for row in rows}]
+
+
+def _figures(config, rows, raw, terms):
+    """What metrics.jsonl says of the rewards."""
+    pools = [pool.var(ddof=1) for pool in _pools(rows, raw) if len(pool) > 1]
     values = {
         "reward/mean": raw.mean(),
         "reward/std": raw.std(ddof=1) if len(raw) > 1 else 0.0,
-        "reward/std_within_prompts": np.sqrt(np.mean([pool.var(ddof=1) for pool in pools])) if pools else 0.0,
+        "reward/std_within_prompts": np.sqrt(np.mean(pools)) if pools else 0.0,
         "reward/std_within_groups": within_group_std(raw.reshape(-1, config.sample.branches)),
         "reward/queries": (config.stage + 1) * len(raw),
-        "select/kept": len(kept),
-        "select/kept_best": int((normalised[kept] > 0).sum()),
     }
-    if len(parts) > 1:
-        values |= {f"reward/{name}": part.mean() for name, part in parts.items()}
-    return normalised, history, kept, values
-
-
-def _write(config, run, rows, raw, normalised, history, kept, values):
-    """The stage's files; scores.json last, since it says that the step is complete."""
-    tensors = {"index": torch.tensor(kept, dtype=torch.int64), "normalised": torch.tensor(normalised[kept])}
-    storage.write_tensors(run.stage / "selected.safetensors", tensors)
-    metrics.record(run.metrics, config, "select", values)
-    chosen = set(kept)
-    scores = [
-        {**row, "reward": float(r), "normalised": float(n), "kept": i in chosen}
-        for i, (row, r, n) in enumerate(zip(rows, raw, normalised, strict=True))
-    ]
-    storage.write_json(run.stage / "scores.json", {"scores": scores, "history": history.state()})
-
-
-def keep(config, normalised):
-    """Image indices to train on: the contrasts of each branch group; without branches, every image.
-
-    dpo compares two images, so it takes the contrasts of a prompt's independent images where there are no branches.
-    """
-    branches = config.sample.branches
-    if not METHODS[config.method][1] and config.train.algorithm != "dpo":
-        return list(range(len(normalised)))
-    pairs = select_contrasts(normalised.reshape(-1, branches), config.select.pos_threshold, config.select.neg_threshold)
-    return [group * branches + branch for group, branch in pairs]
+    if len(terms) > 1:
+        values |= {f"reward/{name}": term.mean() for name, term in terms.items()}
+    return values
 
 
 def between_groups(features, prompts):
     """Mean CLIP-feature distance between images of one prompt; features (G, D) and prompts of each group's first."""
     of_prompt = [features[[p == prompt for p in prompts]][None] for prompt in dict.fromkeys(prompts)]
-    pairs = [f.shape[1] * (f.shape[1] - 1) for f in of_prompt]
-    return float(np.average([feature_distance(f) for f in of_prompt], weights=pairs)) if sum(pairs) else 0.0
+    counts = [f.shape[1] * (f.shape[1] - 1) for f in of_prompt]
+    return float(np.average([feature_distance(f) for f in of_prompt], weights=counts)) if sum(counts) else 0.0
 
 
 def within_group_std(rewards):

@@ -4,27 +4,33 @@ import hashlib
 import json
 import time
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
-from .. import adam, models
+from .. import adam
+from ..credit import assign
 from ..errors import UserError
 from ..families import lora
-from ..losses import weigh_advantages
+from ..families.loading import revision
+from ..first_pass import PolicyMismatch
+from ..losses import ALGORITHMS
+from ..models import Models
 from ..noise import stream_seed
+from ..plan import stage_interval, stage_plan
 from ..report import curves
 from ..run import metrics, processes, storage
-from ..run.config import interval_of
-from ..run.folder import Run, flat, prune, require_checkpoint, start_log, that_matter
+from ..run.folder import flat, prune, that_matter
 from ..run.tracking import track
-from ..update import Pairs, PolicyMismatch, count_updates, pretrained_means, train_updates
+from ..update import Learner, build_optimizer, count_updates, pretrained_means, train_updates
 from ..value import Baseline
+from .begin import begin
+from .trajectories import read_credit, read_experience, write_credit
 
 HEADROOM = "loss_scale.headroom"  # the name of its tensor beside AdamW's state
-NOTHING_SELECTED = {
+NO_UPDATE = {
     "train/updates": 0, "train/loss": 0.0, "train/lora_change": 0.0, "train/grad_norm": 0.0, "train/grad_norm_max": 0.0,
     "policy/ratio_first": 1.0, "policy/ratio_first_error": 0.0, "policy/prediction_error": 0.0, "policy/clipfrac": 0.0,
-    "policy/approx_kl": 0.0, "perf/unet_evals": 0, "perf/pairs_per_s": 0.0,
+    "policy/approx_kl": 0.0, "perf/unet_evals": 0, "perf/predictions_per_s": 0.0,
 }  # fmt: skip
 
 
@@ -34,39 +40,30 @@ def main(config, started=None, loaded=None):
     started: time.perf_counter() when the step began, now unless given; its times count from there.
     loaded: the Models of a whole run, this step's own unless given.
     """
-    started = started or time.perf_counter()
-    run = Run(config)
-    log = start_log(run)
-    run.pin(config)
-    target = run.stage / "checkpoints"
-    if processes.first(target.exists()):
-        log.info(f"stage {config.stage} train: complete already ({target})")
+    started, opened = started or time.perf_counter(), begin(config, "train")
+    if not opened:
         return
-    storage.read_json(run.stage / "scores.json", "run_select.py")
-    selected = storage.read_tensors(run.stage / "selected.safetensors", "run_select.py")
-    if selected.keys() != {"index", "normalised"}:
-        raise UserError(f"{run.stage} holds files of another run: delete it and run all steps of the stage again")
-    before = require_checkpoint(run.previous) if run.previous else None
-    loaded = loaded or models.Models(config)
-    unet, parameters = loaded.trainable(before)
-    optimizer, headroom = build_optimizer(config, parameters), 1.0
-    if before:
-        stored = storage.read_tensors(before / "optimizer.safetensors", "run_train.py")
-        adam.restore(optimizer, parameters, stored)
-        headroom = stored[HEADROOM].item() if HEADROOM in stored else 1.0
-    baseline = Baseline(config, unet) if config.train.value_baseline else None
+    run, log = opened
+    credit, before = _credit(config, run), run.require_previous()
+    path, plan = run.stage / "samples.safetensors", stage_plan(config)
+    experience, negative = read_experience(path, plan, config.sample.groups, credit)
+    loaded = loaded or Models(config)
+    learner = _resume(config, *loaded.trainable(before, negative), before)
+    baseline = Baseline(config, learner.policy) if config.train.value_baseline else None
     if before and baseline:
-        baseline.load(before / "value.safetensors")
-    ready = time.perf_counter()
-    first = processes.rank() == 0
-    with storage.fresh_folder(target) as folder:
+        baseline.restore(storage.read_tensors(before / "value.safetensors", "run_train.py"))
+    ready, first = time.perf_counter(), processes.rank() == 0
+    with storage.fresh_folder(run.stage / "checkpoints") as folder:
         if first:
-            save_checkpoint(config, unet, optimizer, headroom, folder / "checkpoint_0")
-        values, headroom = _train(config, run, selected, unet, loaded.scheduler, optimizer, headroom, baseline)
+            save_checkpoint(config, learner, folder / "checkpoint_0")
+        try:
+            values = _train(config, learner, experience.to(learner.policy.device), baseline)
+        except PolicyMismatch as error:
+            raise UserError(f"stage {config.stage} of {run.folder}, not trained: {error}") from None
         if first:
-            save_checkpoint(config, unet, optimizer, headroom, folder / "checkpoint_1")
+            save_checkpoint(config, learner, folder / "checkpoint_1")
             if baseline:
-                baseline.save(folder / "checkpoint_1/value.safetensors")
+                storage.write_tensors(folder / "checkpoint_1/value.safetensors", baseline.state())
             values["perf/startup_s"] = round(ready - started, 3)
             values["time_s"] = round(time.perf_counter() - started, 3)
             metrics.record(run.metrics, config, "train", values)
@@ -76,78 +73,48 @@ def main(config, started=None, loaded=None):
     prune(run, config)
     track(config, "train", values, log)
     curves.draw(run)
-    if values["train/updates"]:
-        log.info(
-            f"stage {config.stage} train: {values['train/updates']} updates, loss {values['train/loss']:.5f}, "
-            f"ratio {values['policy/ratio_first']:.6f} at first, clipped {values['policy/clipfrac']:.3f}, "
-            f"grad norm {values['train/grad_norm']:.4f}, {values['time_s']:.1f} s"
-        )
-    else:
-        why = "nothing was selected in this stage"
-        if count := len(trained_positions(config, selected["index"])):
-            why = f"{count} selected trajectories in {config.train.num_epochs} epochs do not fill an update of "
-            why += f"config.train.trajectories_per_update={config.train.trajectories_per_update}"
-        log.info(f"stage {config.stage} train: {why}; the LoRA stays as it is")
+    log.info(f"stage {config.stage} train: {_summary(config, values, experience.samples)}")
 
 
-def trained_positions(config, index):
-    """Positions in the selection that are trained on: all; for dpo the winners, then their losers.
-
-    index: (n,) images, by group, best before worst. dpo leaves out groups that kept only one of the two.
-    """
-    if config.train.algorithm != "dpo":
-        return torch.arange(len(index))
-    groups = index // config.sample.branches
-    winners = ((groups[1:] == groups[:-1]) & (index[1:] != index[:-1])).nonzero()[:, 0]
-    return torch.cat([winners, winners + 1])
-
-
-def load_pairs(config, run, index, normalised, device):
-    """The trajectories of the images `index` (n,) with their normalised rewards; only these rows are read."""
-    with safe_open(run.stage / "samples.safetensors", framework="pt") as stored:
-        latents, log_probs = stored.get_slice("latents"), stored.get_slice("log_probs")
-        starts, rows = stored.get_tensor("start_latents"), index.tolist()
-        images = latents.get_shape()[0]
-        if images != config.sample.groups * config.sample.branches or not 0 <= min(rows) <= max(rows) < images:
-            raise UserError(f"{run.stage} holds files of another run: delete it and run all steps of the stage again")
-        roots = index // (latents.get_shape()[0] // len(starts))
-        return Pairs(
-            latents=torch.cat([starts[roots][:, None], torch.cat([latents[i : i + 1] for i in rows])], dim=1).to(
-                device
-            ),
-            log_probs=torch.cat([log_probs[i : i + 1] for i in rows]).to(device),
-            timesteps=stored.get_tensor("timesteps").to(device),
-            advantages=weigh_advantages(
-                normalised.float(), config.train.adv_clip, config.train.beta1, config.train.beta2
-            ).to(device),
-            embeds=stored.get_tensor("prompt_embeds")[stored.get_tensor("prompt_index")[index]].to(device),
-            negative_embeds=stored.get_tensor("negative_embeds").to(device),
-        )
+def _credit(config, run):
+    """The stage's Credit, {name: tensor}. Raises UserError where it is missing, broken or another run's."""
+    scores = storage.read_json(run.stage / "scores.json", "run_select.py")["scores"]
+    path = run.stage / "selected.safetensors"
+    if storage.read_tensors(path, "run_select.py").keys() == {
+        "index",
+        "normalised",
+    }:  # written before there was a Credit
+        normalised = np.array([row["normalised"] for row in scores]).reshape(-1, config.sample.branches)
+        write_credit(path, assign(stage_plan(config), normalised, config)[0])
+    return read_credit(path)
 
 
-def _train(config, run, selected, unet, scheduler, optimizer, headroom, baseline):
-    """Train on the selection; -> the metrics of the step, and the loss scale's headroom."""
+def _resume(config, policy, parameters, before):
+    """The Learner as the checkpoint folder `before` left it, a fresh one where that is None."""
+    left = 1 - config.stage / config.schedule.stage_count if config.train.lr_schedule == "linear" else 1.0
+    learner = Learner(policy, build_optimizer(config.train, parameters, left))
+    if before:
+        stored = storage.read_tensors(before / "optimizer.safetensors", "run_train.py")
+        adam.restore(learner.optimizer, parameters, stored)
+        learner.headroom = stored[HEADROOM].item() if HEADROOM in stored else 1.0
+    return learner
+
+
+def _train(config, learner, experience, baseline):
+    """Train on the experience -> the figures of the step."""
     from tqdm import tqdm
 
-    positions = trained_positions(config, selected["index"])
-    counts = count_updates(config, len(positions)) if len(positions) else {"epoch": 0, "stage": 0}
-    planned = {f"train/updates_by_{unit}": count for unit, count in counts.items()}
-    if not counts[config.train.accumulate_over]:
-        return {**NOTHING_SELECTED, **planned}, headroom
-    index, normalised = selected["index"][positions], selected["normalised"][positions]
-    try:
-        pairs = load_pairs(config, run, index, normalised, unet.device)
-    except (OSError, SafetensorError) as error:
-        path = run.stage / "samples.safetensors"
-        raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
-    began, updates = time.perf_counter(), []
-    parameters = [*lora.parameters(unet).values()]
-    before = [parameter.detach().clone() for parameter in parameters]
-    if config.train.algorithm == "dpok":
-        pairs.pretrained_means = pretrained_means(unet, scheduler, pairs, config)
-        pairs.baselines = baseline.of(pairs) if baseline else None
+    train, policy = config.train, learner.policy
+    counts = count_updates(train, experience.samples)
+    planned, total = {f"train/updates_by_{unit}": n for unit, n in counts.items()}, counts[train.accumulate_over]
+    if not total:
+        return {**NO_UPDATE, **planned}
+    began, updates, asked_base = time.perf_counter(), [], 0
+    before = [parameter.detach().clone() for parameter in learner.parameters]
+    if ALGORITHMS[train.algorithm].pretrained:
+        experience.pretrained_mean, asked_base = pretrained_means(policy, experience, train.batch_size)
+        experience.baseline = baseline.of(experience) if baseline else None
     generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
-    total = counts[config.train.accumulate_over]
     with tqdm(total=total, desc=f"stage {config.stage} train", unit="update", leave=False, disable=None) as bar:
 
         def on_update(statistics, norm):
@@ -157,25 +124,26 @@ def _train(config, run, selected, unet, scheduler, optimizer, headroom, baseline
             bar.update()
 
         try:
-            seen, headroom = train_updates(
-                unet, scheduler, optimizer, parameters, pairs, config, generator, on_update, headroom
-            )
+            asked = train_updates(learner, experience, train, generator, on_update)
         except FloatingPointError as error:
             raise UserError(
                 f"stage {config.stage} update {len(updates)}: {error}; the stage was not saved. Lower "
-                f"config.train.learning_rate={config.train.learning_rate} under a new config.exp_name"
+                f"config.train.learning_rate={train.learning_rate} under a new config.exp_name"
             ) from None
-        except PolicyMismatch as error:
-            raise UserError(f"stage {config.stage} of {run.folder}, not trained: {error}") from None
-    change = _changed(config, parameters, before)
-    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[-1]}
+    values = _figures(updates) | planned | {"train/lora_change": _changed(config, learner.parameters, before)}
     if baseline:
-        mean["value_loss"] = baseline.fit(pairs, config.train.value_epochs, generator)
-    values = {
+        values["train/value_loss"] = baseline.fit(experience, train.value_epochs, generator)
+    values["perf/unet_evals"] = policy.family.calls * (asked + asked_base)
+    values["perf/predictions_per_s"] = round(asked / (time.perf_counter() - began), 3)
+    return values
+
+
+def _figures(updates):
+    """The stage's figures of its updates, [{name: mean over an update's transitions}]."""
+    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[-1]}
+    return {
         "train/updates": len(updates),
-        **planned,
         "train/loss": mean["loss"],
-        "train/lora_change": change,
         "train/grad_norm": mean["grad_norm"],
         "train/grad_norm_max": max(u["grad_norm"] for u in updates),
         "policy/ratio_first": updates[0]["ratio"],
@@ -184,11 +152,23 @@ def _train(config, run, selected, unet, scheduler, optimizer, headroom, baseline
         "policy/clipfrac": mean["clipped"],
         "policy/approx_kl": mean["approx_kl"],
         **{f"policy/{name}": mean[name] for name in ("kl_pretrained", "preferred") if name in mean},
-        **({"train/value_loss": mean["value_loss"]} if baseline else {}),
-        "perf/unet_evals": 2 * (seen + (pairs.log_probs.numel() if config.train.algorithm == "dpok" else 0)),
-        "perf/pairs_per_s": round(seen / (time.perf_counter() - began), 3),
     }
-    return values, headroom
+
+
+def _summary(config, values, samples):
+    """The step's line in the log."""
+    if values["train/updates"]:
+        return (
+            f"{values['train/updates']} updates, loss {values['train/loss']:.5f}, "
+            f"ratio {values['policy/ratio_first']:.6f} at first, clipped {values['policy/clipfrac']:.3f}, "
+            f"grad norm {values['train/grad_norm']:.4f}, {values['time_s']:.1f} s"
+        )
+    if not samples:
+        return "nothing was selected in this stage; the LoRA stays as it is"
+    return (
+        f"{samples} selected trajectories in {config.train.num_epochs} epochs do not fill an update of "
+        f"config.train.trajectories_per_update={config.train.trajectories_per_update}; the LoRA stays as it is"
+    )
 
 
 def _changed(config, parameters, before):
@@ -214,33 +194,21 @@ def provenance(config):
 
     The run's name is not in it: the same settings make the same file.
     """
-    start, stop = interval_of(config)
+    start, stop = stage_interval(config)
     settings = {name: value for name, value in that_matter(flat(config)).items() if name != "exp_name"}
     return {
         "base_model": config.pretrained.model,
-        "base_revision": models.revision(config),
+        "base_revision": revision(config),
         "stage": str(config.stage),
         "interval": f"{start}:{stop} of {config.sample.num_steps}",
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     }
 
 
-def build_optimizer(config, parameters):
-    """AdamW over the LoRA parameters, {name: float32 parameter}; a linear learning rate falls stage by stage to 0."""
-    train = config.train
-    left = 1 - config.stage / config.schedule.stage_count if train.lr_schedule == "linear" else 1.0
-    return torch.optim.AdamW(
-        parameters.values(),
-        lr=train.learning_rate * left,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        weight_decay=train.adam_weight_decay,
-    )
-
-
-def save_checkpoint(config, unet, optimizer, headroom, folder):
+def save_checkpoint(config, learner, folder):
     """The LoRA in diffusers' form with what made it as metadata; AdamW's state and the loss scale's headroom."""
+    denoiser = learner.policy.denoiser
     folder.mkdir()
-    lora.save(unet, folder, provenance(config))
-    state = adam.state_of(optimizer, lora.parameters(unet)) | {HEADROOM: torch.tensor(headroom)}
+    lora.save(denoiser, folder, provenance(config))
+    state = adam.state_of(learner.optimizer, lora.parameters(denoiser)) | {HEADROOM: torch.tensor(learner.headroom)}
     storage.write_tensors(folder / "optimizer.safetensors", state)

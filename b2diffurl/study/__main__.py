@@ -1,4 +1,8 @@
-"""`python -m b2diffurl.study`: see runs.py."""
+"""The command of the study, which writes results.csv, table.md and curves.png into DIR/quick, DIR/search or DIR/full.
+
+`python -m b2diffurl.study [--quick | --search] [--out DIR] [--rows ALGORITHM:METHOD ...] [--seeds N ...] [--set
+NAME=VALUE ...]`; the same command goes on where it was stopped.
+"""
 
 import argparse
 import pathlib
@@ -10,7 +14,7 @@ from .runs import main
 
 
 def assignment(text):
-    """(field, value) of a NAME=VALUE argument."""
+    """(field, value), both text, of a NAME=VALUE argument; ArgumentTypeError for any that cannot be given."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=VALUE, for example schedule.left=18")
@@ -40,6 +44,6 @@ if __name__ == "__main__":
     try:
         main(given.out / kind, kind, given.rows, given.seeds, given.set)
     except UserError as error:
-        sys.exit(f"study.py: {error}")
+        sys.exit(f"study: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on")

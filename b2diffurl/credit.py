@@ -1,0 +1,110 @@
+"""From rewards to what is trained on: which transitions, with what advantage, against which others.
+
+A node of a group's forest is worth the mean of its images' normalised rewards. A rule compares a level's nodes and
+chooses some; the transitions of a chosen node are trained on with the node's advantage. In the paper's group, one fork,
+the nodes are the branches.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from .losses import ALGORITHMS
+from .plan import METHODS
+from .selection import select_contrasts
+
+EPSILON = 1e-8  # beside a standard deviation
+
+
+@dataclasses.dataclass
+class Credit:
+    """n transitions to train on, sample by sample; arrays (n,).
+
+    A sample, the unit that updates are cut by, is a chosen node with all its trained steps; in a preference it is a
+    winner, with its loser in `rival`.
+    """
+
+    row: np.ndarray  # which transition of the rollout
+    advantage: np.ndarray  # float32
+    sample: np.ndarray  # which sample it belongs to, counted from 0
+    rival: np.ndarray | None = None  # the loser's transition at the same step; None without preferences
+
+    def none(self):
+        """The Credit of a stage in which nothing is trained on."""
+        return Credit(**{name: array if array is None else array[:0] for name, array in vars(self).items()})
+
+
+def contrast(values, siblings, select):
+    """The paper's rule: of the children of a fork the best if good enough, and the worst if bad enough.
+
+    values: (G, nodes). -> nodes (c,), counted through all groups, and their advantages (c,): what they are worth.
+    """
+    sets = values.reshape(-1, siblings)
+    chosen = select_contrasts(sets, select.pos_threshold, select.neg_threshold)
+    nodes = np.array([number * siblings + child for number, child in chosen], dtype=np.int64)
+    return nodes, values.reshape(-1)[nodes]
+
+
+def group(values, siblings, select):
+    """GRPO's rule (arXiv 2402.03300): all nodes of a level, normalised among those of their group.
+
+    A level of a group without a spread says nothing and is left out. Among all of the level and not among a fork's
+    children alone, as in BranchGRPO: two children would always be ±0.7 apart.
+    """
+    spread = values.std(axis=1, ddof=1, keepdims=True) if values.shape[1] > 1 else np.zeros((len(values), 1))
+    advantages = (values - values.mean(axis=1, keepdims=True)) / (spread + EPSILON)
+    nodes = np.flatnonzero(np.broadcast_to(spread > EPSILON, values.shape))
+    return nodes, advantages.reshape(-1)[nodes]
+
+
+def everything(values, siblings, select):
+    """DDPO's rule: all nodes, with what they are worth."""
+    return np.arange(values.size), values.reshape(-1)
+
+
+RULES = {"contrast": contrast, "group": group, "all": everything}
+
+
+def weigh(advantages, clip, positive_weight=1.0, negative_weight=1.0):
+    """A = clamp(r̂, ±clip), times β₁ where A > 0 and β₂ elsewhere, float32 (paper eq. 9 and its released form)."""
+    clamped = np.clip(np.float32(advantages), -np.float32(clip), np.float32(clip))
+    return clamped * np.where(clamped > 0, np.float32(positive_weight), np.float32(negative_weight))
+
+
+def assign(plan, normalised, config):
+    """The Credit of a stage, and which of its images were chosen: bool (G·K,).
+
+    normalised: (G, K) rewards. The rule is config.select.credit, or the method's own: the paper's where there are
+    branches to compare, everything where there are none. For an algorithm of preferences a sample is a chosen pair of
+    siblings, winner against loser, and a node that was chosen alone is not trained on.
+    """
+    preference, train = ALGORITHMS[config.train.algorithm].preference, config.train
+    rule = RULES[rule_of(config)]
+    per_group, groups, table = len(plan.transitions.step), len(normalised), plan.transitions
+    found, chosen, samples = [], np.zeros(normalised.size, dtype=bool), 0
+    for level, own in enumerate(plan.levels):
+        transitions = np.flatnonzero(table.level == level).reshape(own.nodes, -1)  # of each node
+        if not transitions.size:
+            continue
+        values, siblings = normalised.reshape(groups, own.nodes, -1).mean(2), plan.siblings(level)
+        nodes, advantages = rule(values, siblings, config.select)
+        if own.nodes == plan.images:
+            chosen[nodes] = True
+        rows = nodes[:, None] // own.nodes * per_group + transitions[nodes % own.nodes]
+        rivals = rows[:0]
+        if preference:
+            sets = nodes // siblings
+            won = np.flatnonzero((sets[1:] == sets[:-1]) & (nodes[1:] != nodes[:-1]))
+            rows, rivals, advantages = rows[won], rows[won + 1], advantages[won]
+        of_node = np.stack([advantages, samples + np.arange(len(rows))], 1)[:, None]
+        found.append((rows.ravel(), *np.broadcast_to(of_node, (*rows.shape, 2)).reshape(-1, 2).T, rivals.ravel()))
+        samples += len(rows)
+    row, advantage, sample, rival = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    advantage = weigh(advantage, train.adv_clip, train.positive_weight, train.negative_weight)
+    return Credit(row, advantage, sample.astype(np.int64), rival if preference else None), chosen
+
+
+def rule_of(config):
+    """The name in RULES by which the stage's credit is assigned."""
+    compares = METHODS[config.method].branches or ALGORITHMS[config.train.algorithm].preference
+    return config.select.credit or ("contrast" if compares else "all")

@@ -1,0 +1,57 @@
+"""What a stage trains on: the transitions of its rollout that have credit, and the credit."""
+
+import dataclasses
+import functools
+
+import torch
+
+from .rollout import Rollout
+
+
+@dataclasses.dataclass
+class Experience:
+    """A stage's transitions and their credit, n rows of it.
+
+    Latents and other numbers are on the training device, what they are indexed by on the CPU: calls are cut there.
+    """
+
+    rollout: Rollout
+    cond: dict  # Conditioning (P, ...), by rollout.prompt
+    row: torch.Tensor  # (n,) the transition, and as in credit.Credit:
+    advantage: torch.Tensor  # (n,)
+    sample: torch.Tensor  # (n,)
+    rival: torch.Tensor | None = None  # (n,)
+    pretrained_mean: torch.Tensor | None = None  # (n, ...) of the base model's transitions
+    baseline: torch.Tensor | None = None  # (n,) to subtract from the advantages
+
+    def to(self, device):
+        """The same on a device."""
+        cond = {name: tensor.to(device) for name, tensor in self.cond.items()}
+        return dataclasses.replace(
+            self, rollout=self.rollout.to(device), cond=cond, advantage=self.advantage.to(device)
+        )
+
+    @functools.cached_property
+    def sizes(self):
+        """How many rows every sample has (samples,)."""
+        return torch.bincount(self.sample)
+
+    @property
+    def samples(self):
+        """How many samples there are."""
+        return len(self.sizes)
+
+    @property
+    def dimensions(self):
+        """How many numbers a latent has."""
+        return self.rollout.states[0].numel()
+
+
+def rows_of(experience, samples):
+    """The rows of the samples, in their order, those that leave one state together: [[row, ...], ...]."""
+    ends, by_state = experience.sizes.cumsum(0), {}
+    before = experience.rollout.before[experience.row].tolist()
+    for sample in samples.tolist():
+        for row in range(int(ends[sample] - experience.sizes[sample]), int(ends[sample])):
+            by_state.setdefault(before[row], []).append(row)
+    return [*by_state.values()]

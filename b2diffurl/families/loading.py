@@ -1,0 +1,38 @@
+"""Loading the parts of a pipeline: from where, in which precision, and in one line why not."""
+
+import pathlib
+
+import torch
+
+from ..errors import UserError
+from ..run.processes import device
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMMITS = {  # a commit that is in the cache is loaded without a request, and cannot change during a run
+    "CompVis/stable-diffusion-v1-4": "133a221b8aa7292a167afc5127cb63fb5005638b",
+}
+
+
+def revision(config):
+    """The revision of a hub id: config.pretrained.revision, or where that is "" the known commit, or "main"."""
+    return config.pretrained.revision or COMMITS.get(config.pretrained.model, "main")
+
+
+def load(loader, config, subfolder, **options):
+    """loader.from_pretrained of a subfolder of config.pretrained.model. Raises UserError where it does not load."""
+    from safetensors import SafetensorError
+
+    model = config.pretrained.model
+    where = {} if pathlib.Path(model).is_dir() else {"revision": revision(config)}
+    try:
+        return loader.from_pretrained(model, subfolder=subfolder, **where, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"config.pretrained.model={model!r}: its {subfolder} does not load: {reason}") from None
+
+
+def load_frozen(loader, config, subfolder, dtype=None):
+    """The same for a network: frozen, in dtype or the run's precision, on the run's device."""
+    model = load(loader, config, subfolder, torch_dtype=dtype or DTYPES[config.mixed_precision])
+    # channels_last is the layout that the fast convolutions of CPU and GPU want; it moves no number
+    return model.to(device(), memory_format=torch.channels_last).requires_grad_(False).eval()

@@ -1,0 +1,84 @@
+"""samples.safetensors and selected.safetensors: a stage's Rollout with its Conditioning, and its Credit, as files.
+
+The tensors have the names of the fields of Rollout and Credit; "cond." and "negative." stand before the names of the
+denoiser's arguments.
+"""
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import UserError
+from ..experience import Experience
+from ..rollout import Rollout, assemble
+from ..run import storage
+
+FOREIGN = "holds files of another run: delete it and run all steps of the stage again"
+
+
+def write_rollout(path, rollout, cond, negative):
+    """Write samples.safetensors: a Rollout, the Conditioning of its prompts, and that of the empty one."""
+    named = {f"cond.{name}": tensor for name, tensor in cond.items()}
+    named |= {f"negative.{name}": tensor for name, tensor in negative.items()}
+    storage.write_tensors(path, vars(rollout) | named)
+
+
+def write_credit(path, credit):
+    """Write selected.safetensors: a Credit."""
+    named = {name: torch.from_numpy(array) for name, array in vars(credit).items() if array is not None}
+    storage.write_tensors(path, named)
+
+
+def read_credit(path):
+    """What write_credit wrote: {name: tensor}. Raises UserError for a file of another kind."""
+    stored = storage.read_tensors(path, "run_select.py")
+    if stored.keys() - {"rival"} != {"row", "advantage", "sample"}:
+        raise UserError(f"{path.parent} {FOREIGN}")
+    return stored
+
+
+def read_experience(path, plan, groups, credit):
+    """The transitions that a credit names, {name: tensor} as read_credit gives it; no others are read.
+
+    -> Experience on the CPU, and the Conditioning of the empty prompt. Raises UserError for a file that is broken, or
+    that does not hold `groups` groups of the plan.
+    """
+    rows = torch.cat([credit["row"], credit.get("rival", credit["row"])]).unique()
+    count = groups * len(plan.transitions.step)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            states, table, prompts = _stored(stored, plan)
+            if len(table["step"]) != count or (len(rows) and not 0 <= rows[0] <= rows[-1] < count):
+                raise UserError(f"{path.parent} {FOREIGN}")
+            kept = torch.cat([table["before"][rows], table["after"][rows]]).unique()
+            latents = torch.cat([states[:0], *(states[i : i + 1] for i in kept.tolist())])
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
+    own = {name: tensor[rows] for name, tensor in table.items()}
+    own |= {name: torch.searchsorted(kept, own[name]) for name in ("before", "after")}
+    places = {name: torch.searchsorted(rows, credit[name]) for name in ("row", "rival") if name in credit}
+    rollout = Rollout(states=latents, **own)
+    return Experience(rollout, prompts[0], **{**credit, **places}), prompts[1]
+
+
+def _stored(stored, plan):
+    """An open samples.safetensors -> sliceable states, {field: tensor} of the other fields, [cond, negative]."""
+    names = stored.keys()
+    if "latents" in names:
+        return _shared_beginnings(stored, plan)
+    prompts = [
+        {name.removeprefix(kind): stored.get_tensor(name) for name in names if name.startswith(kind)}
+        for kind in ("cond.", "negative.")
+    ]
+    fields = ("before", "after", "step", "log_prob", "prompt")
+    return stored.get_slice("states"), {name: stored.get_tensor(name) for name in fields}, prompts
+
+
+def _shared_beginnings(stored, plan):
+    """The same of the form that files had before trees: each root's last shared latent, and each image's interval."""
+    starts, latents = stored.get_tensor("start_latents"), stored.get_tensor("latents")
+    groups = len(starts) // plan.roots
+    states = torch.cat([part.unflatten(0, (groups, -1)).flatten(1, -4) for part in (starts[:, None], latents)], 1)
+    table = vars(assemble(plan, states, stored.get_tensor("log_probs").view(groups, -1), torch.zeros(groups).long()))
+    table["prompt"] = stored.get_tensor("prompt_index").repeat_interleave(latents.shape[1])
+    prompts = [{"encoder_hidden_states": stored.get_tensor(f"{name}_embeds")} for name in ("prompt", "negative")]
+    return table.pop("states"), table, prompts
