@@ -37,7 +37,7 @@ MINIMAL = (  # a stage that does everything once: for the start-up times
     "--config.schedule.right=1", "--config.select.pos_threshold=-9", "--config.log_with=",
 )  # fmt: skip
 SECONDS = 15.0  # for each figure
-HEAD = "phase      batch   rate               TFLOP/s   of matmul   in the UNet   peak memory"
+HEAD = "phase      batch   rate                  TFLOP/s   of matmul   in the UNet   peak memory"
 
 
 def main(config, flags, out, quick):
@@ -243,6 +243,6 @@ def phase_line(name, phase):
     unet = f"{phase['unet_share']:.0%}" if "unet_share" in phase else "-"
     memory = f"{phase['peak_bytes'] / 2**20:.0f} MiB" if phase["peak_bytes"] else "-"
     return (
-        f"{name:<9} {phase['batch']:>6}   {rate:<17} {phase['flops_per_s'] / 1e12:>8.3f} "
+        f"{name:<9} {phase['batch']:>6}   {rate:<20} {phase['flops_per_s'] / 1e12:>8.3f} "
         f"{phase['matmul_share']:>11.0%} {unet:>13} {memory:>13}"
     )
