@@ -11,7 +11,7 @@ from b2diffurl.plan import METHODS
 ROOT = pathlib.Path("b2diffurl")
 LIBRARY = sorted(ROOT.rglob("*.py"))
 LEVELS = (  # imports go to earlier levels, or stay within the room; shapes, the world, imports nothing of the others
-    "errors ahead adam schedule noise selection losses gaussian guidance first_pass rewards.history shapes",
+    "errors ahead adam schedule noise selection losses gaussian guidance flow first_pass rewards.history shapes",
     "ddim plan value",
     "credit rollout",
     "experience run",
@@ -24,19 +24,7 @@ LEVELS = (  # imports go to earlier levels, or stay within the room; shapes, the
     "study",
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names.split()}
-PURE = [
-    "schedule",
-    "plan",
-    "noise",
-    "ddim",
-    "gaussian",
-    "guidance",
-    "selection",
-    "credit",
-    "losses",
-    "first_pass",
-    "rewards.history",
-]
+PURE = [*LEVELS[0].split()[3:-1], "ddim", "plan", "credit"]  # without errors, ahead, adam, and the world
 ARITHMETIC = {"dataclasses", "functools", "hashlib", "math", "typing", "numpy", "torch"}
 
 

@@ -130,9 +130,11 @@ def test_an_embedding_depends_on_its_prompt_alone():
 
 def test_a_pipeline_of_another_family_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    with pytest.raises(UserError, match="is a KandinskyPipeline: the families here are StableDiffusionPipeline"):
+    with pytest.raises(
+        UserError, match="is a KandinskyPipeline: the families here are StableDiffusionPipeline, StableDiffusionXL"
+    ):
         Models(configure(f"--config.pretrained.model={tmp_path}")).family  # noqa: B018
-    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(UserError, match=r"its model_index\.json does not load"):
         Models(configure(f"--config.pretrained.model={tmp_path}")).family  # noqa: B018
 

@@ -1,14 +1,15 @@
 """Model families: the only room that knows diffusers' denoisers and PEFT."""
 
 import importlib
-import json
-import pathlib
 import typing
 
 from ..errors import UserError
-from .loading import revision
+from .loading import model_index
 
-FAMILIES = {"StableDiffusionPipeline": "sd.StableDiffusion"}  # by the _class_name of a pipeline's model_index.json
+FAMILIES = {  # by the _class_name of a pipeline's model_index.json
+    "StableDiffusionPipeline": "sd.StableDiffusion",
+    "StableDiffusionXLPipeline": "sdxl.StableDiffusionXL",
+}
 
 
 class Family(typing.Protocol):
@@ -27,17 +28,7 @@ class Family(typing.Protocol):
 
 def load_family(config):
     """The Family of config.pretrained.model. Raises UserError for a pipeline of another kind."""
-    model = config.pretrained.model
-    index = pathlib.Path(model, "model_index.json")
-    try:
-        if not pathlib.Path(model).is_dir():
-            from huggingface_hub import hf_hub_download
-
-            index = pathlib.Path(hf_hub_download(model, "model_index.json", revision=revision(config)))
-        kind = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"config.pretrained.model={model!r}: its model_index.json does not load: {reason}") from None
+    model, kind = config.pretrained.model, model_index(config).get("_class_name", "pipeline without a name")
     if kind not in FAMILIES:
         raise UserError(f"config.pretrained.model={model!r} is a {kind}: the families here are {', '.join(FAMILIES)}")
     module, _, name = FAMILIES[kind].partition(".")

@@ -1,5 +1,6 @@
 """Loading the parts of a pipeline: from where, in which precision, and in one line why not."""
 
+import json
 import pathlib
 
 import torch
@@ -16,6 +17,21 @@ COMMITS = {  # a commit that is in the cache is loaded without a request, and ca
 def revision(config):
     """The revision of a hub id: config.pretrained.revision, or where that is "" the known commit, or "main"."""
     return config.pretrained.revision or COMMITS.get(config.pretrained.model, "main")
+
+
+def model_index(config):
+    """What config.pretrained.model's model_index.json says. Raises UserError where it cannot be read."""
+    model = config.pretrained.model
+    try:
+        index = pathlib.Path(model, "model_index.json")
+        if not pathlib.Path(model).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            index = pathlib.Path(hf_hub_download(model, "model_index.json", revision=revision(config)))
+        return json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"config.pretrained.model={model!r}: its model_index.json does not load: {reason}") from None
 
 
 def load(loader, config, subfolder, **options):
