@@ -74,8 +74,7 @@ def weigh(advantages, clip, positive_weight=1.0, negative_weight=1.0):
 def assign(plan, normalised, config):
     """The Credit of a stage, and which of its images were chosen: bool (G·K,).
 
-    normalised: (G, K) rewards. The rule is config.select.credit, or the method's own: the paper's where there are
-    branches to compare, everything where there are none. For an algorithm of preferences a sample is a chosen pair of
+    normalised: (G, K) rewards. For the rule see rule_of. For an algorithm of preferences a sample is a chosen pair of
     siblings, winner against loser, and a node that was chosen alone is not trained on.
     """
     preference, train = ALGORITHMS[config.train.algorithm].preference, config.train
@@ -105,6 +104,11 @@ def assign(plan, normalised, config):
 
 
 def rule_of(config):
-    """The name in RULES by which the stage's credit is assigned."""
-    compares = METHODS[config.method].branches or ALGORITHMS[config.train.algorithm].preference
-    return config.select.credit or ("contrast" if compares else "all")
+    """The name in RULES by which the stage's credit is assigned: config.select.credit, or where that is "":
+
+    contrast for preferences, and for the paper's group; group for a tree, whose inner nodes, being means, spread less
+    than the images; all where there are no branches to compare.
+    """
+    preference, branches = ALGORITHMS[config.train.algorithm].preference, METHODS[config.method].branches
+    tree = branches and config.schedule.forks and not preference
+    return config.select.credit or ("group" if tree else "contrast" if branches or preference else "all")

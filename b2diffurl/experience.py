@@ -5,6 +5,7 @@ import functools
 
 import torch
 
+from .guidance import to_device
 from .rollout import Rollout
 
 
@@ -25,11 +26,11 @@ class Experience:
     baseline: torch.Tensor | None = None  # (n,) to subtract from the advantages
 
     def to(self, device):
-        """The same on a device."""
-        cond = {name: tensor.to(device) for name, tensor in self.cond.items()}
-        return dataclasses.replace(
-            self, rollout=self.rollout.to(device), cond=cond, advantage=self.advantage.to(device)
-        )
+        """The same with its numbers on a device; what they are indexed by stays where it is."""
+        moved = {"cond": to_device(self.cond, device), "rollout": self.rollout.to(device)}
+        for name in ("advantage", "pretrained_mean", "baseline"):
+            moved[name] = None if getattr(self, name) is None else getattr(self, name).to(device)
+        return dataclasses.replace(self, **moved)
 
     @functools.cached_property
     def sizes(self):

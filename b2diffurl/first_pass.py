@@ -7,7 +7,7 @@ class PolicyMismatch(ValueError):
     """The first pass over a stage's samples does not find the densities that sampling stored."""
 
 
-LOG_PROB_ROUNDING = 1e-6  # of a float32 log-probability a dimension, which is 1 to 4: four units in its last place
+LOG_PROB_ROUNDING = 1e-6  # of a log-probability per dimension, which is 1 to 4: four units in float32's last place
 MOST_CLIPPED = 0.05  # of a first update's transitions: so many gradients may rounding alone take away
 ROUNDING = {  # the most that kernels, batch sizes and devices may move a guided prediction, in its standard deviations
     "no": 1e-4,

@@ -13,9 +13,8 @@ Euler-Maruyama adds the score's drift: mean = x + v dt + s² / (2σ) ε̂ dt wit
 marginals are exact only for small steps.
 """
 
+import dataclasses
 import math
-
-import torch
 
 SAMPLERS = ("cps", "flow_sde", "dance_sde")
 
@@ -37,13 +36,44 @@ def transition(velocity, latents, sigma, sigma_next, noise_level, sampler):
     if sampler == "cps":
         std = sigma_next * math.sin(noise_level * math.pi / 2)
         return (1 - sigma_next) * x0 + (sigma_next**2 - std**2).clamp(min=0).sqrt() * noise, std
-    step, diffusion = sigma_next - sigma, torch.full_like(sigma, noise_level)
+    step, diffusion = sigma_next - sigma, sigma.new_full(sigma.shape, noise_level)
     if sampler == "flow_sde":
-        diffusion = noise_level * (sigma / (1 - torch.where(sigma < 1, sigma, sigma_next))).sqrt()
+        diffusion = noise_level * (sigma / (1 - sigma.where(sigma < 1, sigma_next))).sqrt()
     return x + v * step + diffusion**2 / (2 * sigma) * noise * step, diffusion * (-step).sqrt()
 
 
 def _over(value, latents):
     """A number or a tensor (B,) as float32 (B, 1, ...), to broadcast over latents (B, ...)."""
+    import torch
+
     value = torch.as_tensor(value, dtype=torch.float32, device=latents.device).expand(len(latents))
     return value.view(-1, *[1] * (latents.ndim - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """The kernel of a flow-matching model: its transitions by step index, 0 (pure noise) to T-1, a step of the ODE."""
+
+    scheduler: object  # a FlowMatchEulerDiscreteScheduler after set_timesteps(T); its σ's are sampling's and training's
+    noise_level: float
+    sampler: str
+    initial_sigma = 1.0
+
+    def time(self, step):
+        """What the denoiser is told at the steps (B,): 1000 σ (B,)."""
+        return self.scheduler.timesteps[step]
+
+    def transition(self, prediction, step, latents):
+        """Mean (B, ...) and σ (B, 1, ...), float32, of the steps (B,) from latents with their velocities."""
+        sigmas = self.scheduler.sigmas
+        given = prediction, latents, sigmas[step], sigmas[step + 1]
+        mean, std = transition(*given, self.noise_level, self.sampler)
+        last = _over(step == len(sigmas) - 2, latents)
+        return mean.where(last == 0, transition(*given, 0.0, self.sampler)[0]), std * (1 - last)
+
+    def gain(self, step):
+        """By how many standard deviations a unit change of the velocity moves the mean, at a step: a number."""
+        sigmas = self.scheduler.sigmas
+        none = sigmas.new_zeros(1, 1)
+        mean, std = transition(none + 1, none, sigmas[step], sigmas[step + 1], self.noise_level, self.sampler)
+        return (mean / std).abs().item()

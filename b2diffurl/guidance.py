@@ -23,3 +23,8 @@ def guided(denoiser, latents, time, cond, negative, scale):
 def take(cond, rows):
     """The Conditioning of some of its rows, in their order."""
     return {name: tensor[rows] for name, tensor in cond.items()}
+
+
+def to_device(cond, device):
+    """The Conditioning on a device."""
+    return {name: tensor.to(device) for name, tensor in cond.items()}

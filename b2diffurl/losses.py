@@ -1,4 +1,4 @@
-"""The optimisation algorithms, one pure loss function each; tensors are (B,), one entry a (sample, step).
+"""The optimisation algorithms, one pure loss function each; tensors are (B,), one entry per transition.
 
 Log-probabilities come as a mean or as a sum over the latent's dimensions (config.train.log_prob); the functions do not
 care. Each returns losses (B,) and statistics (B,), detached: ratio ρ, clipped (whether the algorithm's clip is passed),

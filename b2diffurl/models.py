@@ -8,6 +8,7 @@ import platform
 import torch
 
 from .families import load_family, lora
+from .guidance import to_device
 from .policy import Policy
 from .run.processes import device
 
@@ -28,8 +29,8 @@ class Models:
 
     @functools.cached_property
     def kernel(self):
-        """The run's kernel: config.sample.num_steps steps, config.sample.eta."""
-        return self.family.kernel(self.config.sample.num_steps, self.config.sample.eta)
+        """The run's kernel, of config.sample.num_steps steps."""
+        return self.family.kernel(self.config.sample.num_steps, self.config.sample)
 
     @functools.cached_property
     def _reward(self):
@@ -62,7 +63,7 @@ class Models:
 
     def _policy(self, negative):
         negative = self.family.embed([""]) if negative is None else negative
-        negative = {name: tensor.to(device()) for name, tensor in negative.items()}
+        negative = to_device(negative, device())
         guidance = self.config.sample.guidance_scale
         return Policy(self.family, self.family.denoiser, self.kernel, negative, guidance)
 

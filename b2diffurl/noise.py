@@ -7,7 +7,6 @@ PyTorch's CPU generator seeds itself with 32 bits alone, and vectorises by what 
 import hashlib
 
 import numpy as np
-import torch
 
 
 def stream_seed(seed, stage, group, branch):
@@ -26,6 +25,8 @@ def stream(seed):
 
 def stream_noise(seed, steps, shape):
     """Standard normal noise (steps, *shape), float32 on the CPU: the first `steps` draws of a stream."""
+    import torch
+
     return torch.from_numpy(stream(seed).standard_normal((steps, *shape), dtype=np.float32))
 
 

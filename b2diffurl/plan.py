@@ -11,6 +11,7 @@ import typing
 
 import numpy as np
 
+from .noise import stream_seed
 from .schedule import interval
 
 
@@ -56,6 +57,7 @@ class Plan:
     start: int  # the first trained step; not before the first fork
     roots: int  # independent beginnings
     forks: tuple = ()  # of (step, fan-out), by step
+    untrained: int = 0  # last steps that are not trained: flow matching's last one is deterministic, without a density
 
     @functools.cached_property
     def levels(self):
@@ -85,7 +87,11 @@ class Plan:
     def stored(self, level):
         """How many of a node's states are stored for training: those that a trained step leaves or leads to."""
         own = self.levels[level]
-        return max(0, own.last - max(own.first, self.start) + 1)
+        return max(0, own.last - self.left_out(level) - max(own.first, self.start) + 1)
+
+    def left_out(self, level):
+        """How many of a node's last states come after the trained steps."""
+        return max(0, self.levels[level].last - self.steps + self.untrained)
 
     def trained(self, level):
         """How many trained steps lead to a node's states."""
@@ -107,7 +113,7 @@ class Plan:
                 if self.trained(level) == stored > 0:  # the fork's own step, from the parent's last state
                     parent = above + (node // own.fan_out + 1) * self.stored(level - 1) - 1
                     rows.append((parent, state, own.first - 1, level, node))
-                time = own.last - stored + 1
+                time = own.last - self.left_out(level) - stored + 1
                 rows += [(state + k, state + k + 1, time + k, level, node) for k in range(stored - 1)]
             above, offset = offset, offset + stored * own.nodes
         return Transitions(*np.array(rows, dtype=np.int64).reshape(-1, 5).T)
@@ -118,6 +124,10 @@ class Plan:
         names[-1] = [*range(self.images)]
         names[0] = ["prefix"] if self.roots == 1 else [f"prefix of {root}" for root in range(self.roots)]
         return names
+
+    def seeds(self, seed, stage, groups):
+        """Seeds of the noise streams of some groups, by level and in their order: [[63-bit number]]."""
+        return [[stream_seed(seed, stage, group, name) for group in groups for name in own] for own in self.streams()]
 
 
 def stage_interval(config):
@@ -134,7 +144,8 @@ def stage_plan(config):
     trained from its first fork on, or from the interval's start where that is later.
     """
     (start, steps), branches = stage_interval(config), config.sample.branches
+    untrained = config.schedule.untrained
     if not METHODS[config.method].branches:
-        return Plan(steps, start, branches, ((start, 1),))
+        return Plan(steps, start, branches, ((start, 1),), untrained)
     forks = tuple(map(tuple, config.schedule.forks)) or ((start, branches),)
-    return Plan(steps, max(start, forks[0][0]), 1, forks)
+    return Plan(steps, max(start, forks[0][0]), 1, forks, untrained)

@@ -8,7 +8,6 @@ import dataclasses
 
 import torch
 
-from . import gaussian
 from .families import lora
 
 
@@ -47,10 +46,6 @@ class Policy:
         time = self.kernel.time(step)
         prediction = self.family.predict(self.denoiser, latents, time, cond, self.negative, self.guidance)
         return self.kernel.transition(prediction, step, latents)
-
-    def log_prob(self, latents, step, cond, following):
-        """Log-density (B,) float32 of the steps from latents to following, averaged over the dimensions."""
-        return gaussian.log_prob(following, *self.transition(latents, step, cond))
 
     @contextlib.contextmanager
     def pretrained(self):

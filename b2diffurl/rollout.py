@@ -1,7 +1,7 @@
 """Branch-based sampling (paper section 4.2): a stage's groups, denoised along the forest that their plan is.
 
 The denoiser is asked once for every state, however many transitions leave it: the branches of a group share the
-prediction where they part.
+prediction at the fork.
 """
 
 import dataclasses
@@ -71,22 +71,27 @@ def sample(policy, plan, cond, seeds, batch_size, on_batch):
     states, log_probs, forks = [], [], None
     for level, own in enumerate(plan.levels):
         noise = _noise(policy, seeds[level], own.last - own.first + 1, batch_size)
-        latents, trained, ends, groups = [], [], [], len(seeds[level]) // own.nodes
-        for first, path, densities, end in _walk(policy, own, cond, noise, forks):
+        latents, trained, ends = [], [], []
+        for first, path, densities, ended in _walk(policy, own, cond, noise, forks):
             if own.last == plan.steps:
                 on_batch(first, path[-1])
             else:
-                ends.append(end())
-            latents.append(_last(path, plan.stored(level)))
-            trained.append(_last(densities, plan.trained(level)))
-        if plan.stored(level):
-            states.append(torch.cat(latents).unflatten(0, (groups, own.nodes)).flatten(1, 2))
-        if plan.trained(level):
-            log_probs.append(torch.cat(trained).view(groups, -1))
-        forks = [torch.cat(parts) for parts in zip(*ends, strict=True)]
+                ends.append(ended())
+            latents.append(_last(path, plan.stored(level), plan.left_out(level)))
+            trained.append(_last(densities, plan.trained(level), plan.left_out(level)))
+        states += [latents] if plan.stored(level) else []
+        log_probs += [trained] if plan.trained(level) else []
+        forks = [torch.cat(own) for own in zip(*ends, strict=True)]
     if policy.device.type == "cuda":
-        torch.cuda.synchronize()
-    return torch.cat(states, 1), torch.cat(log_probs, 1)
+        torch.cuda.synchronize()  # before anything that was copied without waiting is read
+    groups = len(seeds[0]) // plan.roots
+    states, log_probs = (torch.cat([_by_group(own, groups) for own in levels], 1) for levels in (states, log_probs))
+    return states, log_probs
+
+
+def _by_group(batches, groups):
+    """A level's batches [(B, count, ...)], nodes in order -> (G, nodes · count, ...)."""
+    return torch.cat(batches).unflatten(0, (groups, -1)).flatten(1, 2)
 
 
 def _walk(policy, level, cond, batches, forks):
@@ -100,7 +105,7 @@ def _walk(policy, level, cond, batches, forks):
         nodes = torch.arange(first, first + len(noise), device=policy.device)
         given, noise, densities = take(cond, nodes // level.nodes), noise.to(policy.device, non_blocking=True), []
         if forks:
-            mean, sigma = (parts[nodes // level.fan_out] for parts in forks)
+            mean, sigma = (of_fork[nodes // level.fan_out] for of_fork in forks)
             latents = (mean + sigma * noise[:, 0]).to(policy.latent_dtype)
             densities.append(gaussian.log_prob(latents, mean, sigma))
         else:
@@ -113,9 +118,10 @@ def _walk(policy, level, cond, batches, forks):
         yield first, path, densities + walked, end
 
 
-def _last(parts, count):
-    """The last `count` of a batch's tensors [(B, ...)] -> (B, count, ...), on the CPU."""
-    return torch.stack(parts[len(parts) - count :], 1).to("cpu", non_blocking=True) if count else None
+def _last(tensors, count, left_out):
+    """`count` of a batch's tensors [(B, ...)], the last but for those left out -> (B, count, ...), on the CPU."""
+    chosen = tensors[: len(tensors) - left_out][-count:]
+    return torch.stack(chosen, 1).to("cpu", non_blocking=True) if count else None
 
 
 def _noise(policy, seeds, draws, batch_size):

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from . import rollout
+from .guidance import to_device
 from .models import Models
-from .noise import draw_prompts, stream_seed
+from .noise import draw_prompts
 from .plan import Plan
 from .run import storage
 from .run.command import run_main
@@ -54,15 +55,12 @@ def branch(config, policy, prompts, left):
     """
     steps, images = config.sample.num_steps, []
     plan = Plan(steps, steps - left, 1, ((steps - left, config.sample.branches),))
-    seeds = [
-        [stream_seed(config.evaluate.seed, "splits", group, name) for group in range(len(prompts)) for name in names]
-        for names in plan.streams()
-    ]
+    seeds = plan.seeds(config.evaluate.seed, "splits", range(len(prompts)))
 
     def on_batch(first, latents):
         images.extend(Image.fromarray(picture.numpy()) for picture in policy.family.decode(latents).cpu())
 
-    cond = {name: tensor.to(policy.device) for name, tensor in policy.family.embed(prompts).items()}
+    cond = to_device(policy.family.embed(prompts), policy.device)
     rollout.sample(policy, plan, cond, seeds, config.sample.batch_size, on_batch)
     return images
 

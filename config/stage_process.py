@@ -36,9 +36,7 @@ def sdv1_4():
 
     config.pretrained = ml_collections.ConfigDict()
     config.pretrained.model = "CompVis/stable-diffusion-v1-4"  # a hub id or a local pipeline folder
-    config.pretrained.revision = (
-        ""  # of the hub id; "": the commit of SD v1.4 that families/loading.py names, main of others
-    )
+    config.pretrained.revision = ""  # of the hub id; "": SD v1.4's known commit (families/loading.py), main of others
 
     config.prompts = ml_collections.ConfigDict()
     config.prompts.train = "prompts/template1_train.json"  # JSON array of strings [prompt_file]
@@ -51,14 +49,17 @@ def sdv1_4():
     config.schedule.right = 20  # trained steps in the last stage [SplitStepRight]
     config.schedule.forks = ()  # (step, fan-out) pairs: a tree of several splits, ((6, 2), (10, 2), (14, 2)) for 8
     # branches, trained from the first on; (): one split, where the interval starts (the paper's)
+    config.schedule.untrained = 0  # last steps that no stage trains; flow models: 1, their last one is deterministic
 
     config.sample = ml_collections.ConfigDict()
     config.sample.num_steps = 20  # denoising steps T
     config.sample.guidance_scale = 5.0  # classifier-free guidance weight
     config.sample.eta = 1.0  # DDIM's stochasticity; must be above 0
+    config.sample.sampler = "cps"  # of flow models: cps | flow_sde | dance_sde, see flow.py
+    config.sample.noise_level = 0.7  # of flow models, the sampler's stochasticity; must be above 0
     config.sample.groups = 256  # branch groups per stage [num_batches_per_epoch 32 x batch_size 8]
     config.sample.branches = 5  # branches per group, K [split_time]
-    config.sample.batch_size = 32  # images per UNet call; changes speed and memory, not results
+    config.sample.batch_size = 32  # states per UNet call; changes speed and memory, not results
 
     config.reward = ml_collections.ConfigDict()
     config.reward.name = "clip"  # clip | bertscore | aesthetic | pickscore | hpsv2 | jpeg_compressibility |
@@ -69,9 +70,7 @@ def sdv1_4():
     config.reward.llava_model = "llava-hf/llava-1.5-7b-hf"  # of bertscore: describes the image; hub id or folder
     config.reward.bert_model = "roberta-large"  # of bertscore: compares the words; hub id or folder
     config.reward.bert_layer = 17  # of bertscore: the layer whose features are compared
-    config.reward.aesthetic_model = (
-        "openai/clip-vit-large-patch14"  # of aesthetic: transformers' CLIP; hub id or folder
-    )
+    config.reward.aesthetic_model = "openai/clip-vit-large-patch14"  # of aesthetic: transformers' CLIP; hub id, folder
     config.reward.aesthetic_head = "model/rewards/aesthetic_head.safetensors"  # of aesthetic: see README, Rewards
     config.reward.pickscore_model = "yuvalkirstain/PickScore_v1"  # hub id or folder
     config.reward.hpsv2_model = "ViT-H-14"  # an OpenCLIP architecture or local-dir:DIR
@@ -85,12 +84,12 @@ def sdv1_4():
     config.select.credit = (
         ""  # contrast (the paper's) | group (all branches, normalised in their group) | all (DDPO's);
     )
-    # "": contrast where the method branches, else all
+    # "": contrast where the method branches, group for a tree, all where it does not branch
 
     config.train = ml_collections.ConfigDict()
     config.train.algorithm = "ddpo_is"  # the loss, see losses.py: ddpo_is (the paper's) | ddpo_sf | dpok | dpo
     config.train.log_prob = "mean"  # over the latent's dimensions: mean (DDPO's code) | sum (the joint density)
-    config.train.kl_weight = 0.01  # of dpok's KL to the pre-trained model, nats (a dimension where log_prob is mean)
+    config.train.kl_weight = 0.01  # of dpok's KL to the pre-trained model, nats (per dimension where log_prob is mean)
     config.train.value_baseline = False  # dpok: subtract a learned V(x_t, t, prompt) from the advantages
     config.train.value_learning_rate = 1e-4  # of its Adam
     config.train.value_epochs = 5  # passes of its regression per stage, trajectories_per_update transitions per step
@@ -103,7 +102,7 @@ def sdv1_4():
     config.train.adam_weight_decay = 1e-4  # AdamW's decoupled weight decay
     config.train.adam_epsilon = 1e-8  # AdamW's denominator term
     config.train.max_grad_norm = 1.0  # bound on the gradient's norm, per update
-    config.train.batch_size = 8  # transitions per UNet call; changes speed and memory, not results [one step]
+    config.train.batch_size = 8  # states per UNet call; changes speed and memory, not results [one step]
     config.train.gradient_checkpointing = False  # recompute activations: a fraction of the memory, a third more time
     config.train.trajectories_per_update = 128  # samples, with all their steps, per update [2 x 64]
     config.train.accumulate_over = "stage"  # stage: exactly that many over the stage's epochs, the rest is dropped (the

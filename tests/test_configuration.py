@@ -21,7 +21,14 @@ def paper():
 
 def test_paper_run_number_for_number(paper):
     assert (paper.exp_name, paper.seed, paper.mixed_precision) == ("exp_B2DiffuRL_b5_p3", 300, "fp16")
-    assert dict(paper.schedule) == {"kind": "growing", "stage_count": 100, "left": 14, "right": 20, "forks": ()}
+    assert dict(paper.schedule) == {
+        "kind": "growing",
+        "stage_count": 100,
+        "left": 14,
+        "right": 20,
+        "forks": (),
+        "untrained": 0,
+    }
     sample = paper.sample
     assert (sample.num_steps, sample.guidance_scale, sample.eta) == (20, 5.0, 1.0)
     assert sample.groups * sample.branches * paper.schedule.stage_count == 128_000

@@ -5,7 +5,7 @@ import statistics
 import numpy as np
 import pytest
 
-from b2diffurl.credit import RULES, assign, weigh
+from b2diffurl.credit import RULES, assign, rule_of, weigh
 from b2diffurl.plan import Plan, stage_plan
 from b2diffurl.run.command import parse
 
@@ -149,3 +149,13 @@ def test_advantages_are_clamped_and_weighted_by_their_sign():
     assert weigh([9.0, 2.0, 0.0, -1.0], 3, 0.5, 2).tolist() == [1.5, 1.0, 0.0, -2.0]
     assert weigh([-9.0, -2.0, 0.0, 1.0], 3, 0.5, 2).tolist() == [-6.0, -4.0, 0.0, 0.5]
     assert weigh([1.0], 5).dtype == np.float32
+
+
+def test_a_trees_nodes_are_normalised_within_their_level_by_default():
+    """Means of images spread less than images: against fixed thresholds inner nodes would hardly ever be chosen."""
+    config = configure(f"schedule.forks={FORKS}", "sample.branches=8")
+    assert rule_of(config) == "group"
+    credit, _ = assign(stage_plan(config), rewards(8), config)
+    assert credit.sample.max() + 1 == (GROUPS - 1) * (2 + 4 + 8)
+    config.train.algorithm = "dpo"
+    assert rule_of(config) == "contrast"

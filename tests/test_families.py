@@ -1,22 +1,29 @@
 """Every family on tiny random models of its real classes: a stage end to end, and against the stock pipeline."""
 
+import dataclasses
 import json
+import math
+import shutil
 
 import numpy as np
 import pytest
 import tiny
+import tiny_sd3
 import tiny_sdxl
 import torch
 from safetensors.torch import load_file
 
 from b2diffurl.bench import random_weights
+from b2diffurl.errors import UserError
 from b2diffurl.evaluate import before_after
 from b2diffurl.families import lora
 from b2diffurl.models import Models
-from b2diffurl.rollout import denoise
+from b2diffurl.plan import stage_plan
+from b2diffurl.rollout import assemble, denoise, sample
 from b2diffurl.run import metrics
 from b2diffurl.run.command import parse
 from b2diffurl.run.folder import Run
+from b2diffurl.stages import sample as sample_step
 from b2diffurl.stages import train
 from b2diffurl.stages.loop import run_stage
 
@@ -27,10 +34,50 @@ STAGE = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
-def pipeline(request, tmp_path_factory):
-    """The folder of a tiny pipeline."""
-    return tiny_sdxl.write(tmp_path_factory.mktemp(request.param), prediction_type=request.param)
+KINDS = {  # -> how its folder is written, settings, what a random call of its denoiser takes
+    "sdxl": (tiny_sdxl.write, {}, (), {"text_embeds": (1, 32), "time_ids": (1, 6)}),
+    "sdxl with v-prediction": (tiny_sdxl.write, {"prediction_type": "v_prediction"}, (),
+                               {"text_embeds": (1, 32), "time_ids": (1, 6)}),
+    "sd3": (tiny_sd3.write, {"t5": False}, ("schedule.untrained=1",), {"pooled_projections": (1, 64)}),
+    "sd3.5 with t5": (tiny_sd3.write, {"t5": True}, ("schedule.untrained=1",), {"pooled_projections": (1, 64)}),
+}  # fmt: skip
+
+
+class Kind:
+    """A tiny pipeline's folder, and what its family needs."""
+
+    def __init__(self, name, folder):
+        write, options, self.settings, self.pooled = KINDS[name]
+        self.flow = self.settings != ()
+        self.pipeline = write(folder, **options)
+
+    def configure(self, *settings):
+        return configure(self.pipeline, *self.settings, *settings)
+
+    def stock(self):
+        """The library's own pipeline of the folder."""
+        from diffusers import DiffusionPipeline
+
+        options = {} if self.flow else {"add_watermarker": False}
+        if self.flow and not (self.pipeline / "text_encoder_3").exists():
+            options = {"text_encoder_3": None, "tokenizer_3": None}
+        found = DiffusionPipeline.from_pretrained(self.pipeline, local_files_only=True, **options)
+        found.set_progress_bar_config(disable=True)
+        return found
+
+    def call(self, denoiser):
+        """The denoiser's output for fixed random numbers."""
+        generator = torch.Generator().manual_seed(0)
+        x, hidden = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 64, generator=generator)
+        pooled = {name: torch.randn(*shape, generator=generator) for name, shape in self.pooled.items()}
+        given = pooled if self.flow else {"added_cond_kwargs": pooled}
+        with torch.no_grad():
+            return denoiser(x, timestep=torch.tensor([500]), encoder_hidden_states=hidden, **given).sample
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    return Kind(request.param, tmp_path_factory.mktemp("pipeline"))
 
 
 def configure(pipeline, *settings):
@@ -38,72 +85,117 @@ def configure(pipeline, *settings):
     return parse(["x", "--config", "config/stage_process.py:shapes", *flags])[0]
 
 
-def stock(pipeline):
-    from diffusers import StableDiffusionXLPipeline
-
-    return StableDiffusionXLPipeline.from_pretrained(pipeline, add_watermarker=False, local_files_only=True)
-
-
-def test_embeddings_are_the_stock_pipelines(pipeline):
-    family = Models(configure(pipeline)).family
+def test_embeddings_are_the_stock_pipelines(kind):
+    family = Models(kind.configure()).family
     prompts = ["a red circle", "a cat riding a bike"]
     ours, negative = family.embed(prompts), family.embed([""])
-    wanted = stock(pipeline).encode_prompt(prompts, num_images_per_prompt=1, do_classifier_free_guidance=True)
-    hidden, empty, pooled, empty_pooled = wanted
+    prompted = {} if not kind.flow else {"prompt_2": None, "prompt_3": None}
+    hidden, empty, pooled, empty_pooled = kind.stock().encode_prompt(
+        prompts, num_images_per_prompt=1, do_classifier_free_guidance=True, **prompted
+    )
+    name = next(iter(kind.pooled))
     torch.testing.assert_close(ours["encoder_hidden_states"], hidden)
-    torch.testing.assert_close(ours["text_embeds"], pooled)
-    assert torch.equal(negative["encoder_hidden_states"], empty[:1])  # zeros, and not the embedding of ""
-    assert torch.equal(negative["text_embeds"], empty_pooled[:1])
-    assert ours["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    torch.testing.assert_close(ours[name], pooled)
+    torch.testing.assert_close(negative["encoder_hidden_states"], empty[:1])
+    torch.testing.assert_close(negative[name], empty_pooled[:1])
+    if not kind.flow:
+        assert not negative[name].any()  # zeros, and not the embedding of ""
+        assert ours["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
 
 
-def test_pictures_are_the_stock_pipelines(pipeline):
-    """From the same x_T and the same noise of every step: as uint8, by a few of its 256 levels."""
-    config = configure(pipeline)
-    loaded, prompt = Models(config), "a red circle"
+def test_a_stage_of_one_prompt_can_be_stored(kind, elsewhere):
+    """Where the empty prompt's Conditioning is the prompt's own, they must not be one tensor."""
+    config = kind.configure(f"save_path={elsewhere}", "sample.groups=1")
+    sample_step.main(config)
+    stored = load_file(elsewhere / "t/stage0/samples.safetensors")
+    assert {name for name in stored if name.startswith("cond.")} == {
+        f"cond.{name}" for name in ("encoder_hidden_states", *kind.pooled)
+    }
+
+
+def test_pictures_are_the_stock_pipelines(kind):
+    """From the same x_T, and for DDIM the same noise of every step: as uint8, by a few of its 256 levels."""
+    loaded, prompt = Models(kind.configure()), "a red circle"
     noise = torch.randn(1, 5, *loaded.family.latent_shape, generator=torch.Generator().manual_seed(0))
-    policy, cond = loaded.policy(), loaded.family.embed([prompt])
+    policy, cond, pipe, options = loaded.policy(), loaded.family.embed([prompt]), kind.stock(), {}
+    if kind.flow:  # the library has the ODE alone
+        policy.kernel = dataclasses.replace(policy.kernel, noise_level=0.0)
+    else:
+        drawn, step = iter(noise[0, 1:]), pipe.scheduler.step
+        pipe.scheduler.register_to_config(steps_offset=1, clip_sample=False)
+        options = {"eta": 1.0}
+
+        def with_noise(output, t, x, eta=0.0, generator=None, return_dict=True):
+            return step(output, t, x, eta=eta, variance_noise=next(drawn)[None], return_dict=return_dict)
+
+        pipe.scheduler.step = with_noise
     states, _ = denoise(policy, policy.initial(noise[:, 0]), cond, noise[:, 1:], range(4))
     ours = loaded.family.decode(states[-1])[0].numpy().astype(int)
-    pipe, drawn = stock(pipeline), iter(noise[0, 1:])
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler.register_to_config(steps_offset=1, clip_sample=False)
-    step = pipe.scheduler.step
-    pipe.scheduler.step = lambda output, t, x, eta=0.0, generator=None, return_dict=True: step(
-        output, t, x, eta=1.0, variance_noise=next(drawn)[None], return_dict=return_dict
-    )
-    theirs = pipe(prompt, num_inference_steps=4, guidance_scale=5.0, latents=noise[:, 0], eta=1.0).images[0]
+    theirs = pipe(prompt, num_inference_steps=4, guidance_scale=5.0, latents=noise[:, 0], **options).images[0]
     assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 3
     assert ours.std() > 1
 
 
-def test_two_stages_an_evaluation_and_the_stock_pipeline_reads_the_lora(pipeline, elsewhere):
+def test_two_stages_an_evaluation_and_the_stock_pipeline_reads_the_lora(kind, elsewhere):
     settings = (f"save_path={elsewhere}", "select.pos_threshold=-9", "select.neg_threshold=9")
     for stage in (0, 1):
-        run_stage(configure(pipeline, *settings, f"stage={stage}"))
+        run_stage(kind.configure(*settings, f"stage={stage}"))
     lines = [line for line in metrics.read(elsewhere / "t/metrics.jsonl") if line["step"] == "train"]
     assert all(line["policy/ratio_first"] == pytest.approx(1, abs=1e-3) and line["train/updates"] for line in lines)
-    run = Run(configure(pipeline, *settings, "stage=1"))
+    stored = load_file(elsewhere / "t/stage1/samples.safetensors")
+    assert sorted({*stored["step"].tolist()}) == ([1, 2] if kind.flow else [1, 2, 3])
+    run = Run(kind.configure(*settings, "stage=1"))
     wanted = load_file(run.checkpoint / "pytorch_lora_weights.safetensors")
-    for path in sorted((run.stage / "checkpoints").rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    (run.stage / "checkpoints").rmdir()
-    train.main(configure(pipeline, *settings, "stage=1"))  # again, alone: the same bits
+    shutil.rmtree(run.stage / "checkpoints")
+    train.main(kind.configure(*settings, "stage=1"))  # again, alone: the same bits
     again = load_file(run.checkpoint / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(again[name], wanted[name]) for name in wanted)
-    before_after.main(configure(pipeline, *settings), run.checkpoint, run.folder)
+    before_after.main(kind.configure(*settings), run.checkpoint, run.folder)
     before, after = json.loads((run.folder / "eval.json").read_text())["results"][:2]
     assert before["images_sha256"] != after["images_sha256"]
-    pipe, ours = stock(pipeline), Models(configure(pipeline)).family.denoiser
-    pipe.load_lora_weights(run.checkpoint)
+    pipe, ours = kind.stock(), Models(kind.configure()).family.denoiser
     lora.load(ours, run.checkpoint)
-    x, given = torch.randn(1, 4, 8, 8), {"text_embeds": torch.randn(1, 32), "time_ids": torch.ones(1, 6)}
-    hidden = torch.randn(1, 77, 64)
-    with torch.no_grad():
-        theirs = pipe.unet(x, 500, hidden, added_cond_kwargs=given).sample
-        torch.testing.assert_close(ours(x, 500, hidden, added_cond_kwargs=given).sample, theirs)
-        pipe.unload_lora_weights()
-        assert (theirs - pipe.unet(x, 500, hidden, added_cond_kwargs=given).sample).abs().max() > 1e-4
+    denoiser = pipe.transformer if kind.flow else pipe.unet
+    base = kind.call(denoiser)
+    pipe.load_lora_weights(run.checkpoint)
+    theirs = kind.call(denoiser)
+    torch.testing.assert_close(kind.call(ours), theirs)
+    assert (theirs - base).abs().max() > 1e-4
+
+
+def test_a_flow_models_stored_densities_are_float64s(tmp_path):
+    """Of every trained transition; the last step, which is the ODE's, is none of them."""
+    own = Kind("sd3", tmp_path)
+    loaded = Models(own.configure())
+    policy, plan = loaded.policy(), stage_plan(own.configure())
+    cond, seeds = loaded.family.embed(["a red circle"]), [[7], [1, 2, 3]]
+    states, log_prob = sample(policy, plan, cond, seeds, 2, lambda first, latents: None)
+    rollout, sigmas = assemble(plan, states, log_prob, torch.zeros(1, dtype=torch.long)), policy.kernel.scheduler.sigmas
+    assert rollout.log_prob.isfinite().all()
+    for row, step in enumerate(rollout.step.tolist()):
+        x = rollout.states[rollout.before[row]][None]
+        with torch.no_grad():
+            halves = [
+                policy.denoiser(x, timestep=sigmas[step : step + 1] * 1000, **given).sample.double()
+                for given in (policy.negative, cond)
+            ]
+        velocity, sigma, following = halves[0] + 5 * (halves[1] - halves[0]), *sigmas[[step, step + 1]].double()
+        std = following * math.sin(0.7 * math.pi / 2)
+        x0, noise = x.double() - sigma * velocity, x.double() + (1 - sigma) * velocity
+        mean = (1 - following) * x0 + (following**2 - std**2).sqrt() * noise
+        density = torch.distributions.Normal(mean, std)
+        wanted = density.log_prob(rollout.states[rollout.after[row]].double()).mean().item()
+        assert rollout.log_prob[row].item() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_flow_model_whose_last_step_would_be_trained_is_refused(tmp_path):
+    own = Kind("sd3", tmp_path)
+    with pytest.raises(UserError, match=r"config\.schedule\.untrained=0: the last step of a flow model has no density"):
+        Models(configure(own.pipeline)).family  # noqa: B018
+    path = own.pipeline / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dynamic_shifting": True}))
+    with pytest.raises(UserError, match="use_dynamic_shifting"):
+        Models(own.configure()).kernel  # noqa: B018
 
 
 def test_a_stable_diffusion_2_with_v_prediction_runs_a_stage(tmp_path, elsewhere):

@@ -130,13 +130,26 @@ def test_an_embedding_depends_on_its_prompt_alone():
 
 def test_a_pipeline_of_another_family_is_named(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    with pytest.raises(
-        UserError, match="is a KandinskyPipeline: the families here are StableDiffusionPipeline, StableDiffusionXL"
-    ):
+    with pytest.raises(UserError, match="is a KandinskyPipeline: the families here are StableDiffusionXLPipeline, "):
         Models(configure(f"--config.pretrained.model={tmp_path}")).family  # noqa: B018
-    (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(UserError, match=r"its model_index\.json does not load"):
-        Models(configure(f"--config.pretrained.model={tmp_path}")).family  # noqa: B018
+    for text in ("{", "[]"):
+        (tmp_path / "model_index.json").write_text(text)
+        with pytest.raises(UserError, match=r"its model_index\.json does not load"):
+            Models(configure(f"--config.pretrained.model={tmp_path}")).family  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "kind", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", ["pipeline", "StableDiffusionPipeline"], None]
+)
+def test_any_pipeline_of_stable_diffusions_kind_is_its_family(tmp_path, kind):
+    """Others' too, that bring code of their own, and folders whose index names none."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind} if kind else {}))
+    assert type(Models(configure(f"--config.pretrained.model={tmp_path}")).family) is sd.StableDiffusion
+
+
+def test_a_hubs_model_whose_index_is_not_in_the_cache_is_stable_diffusion():
+    """As where earlier runs have put its parts there; the tests' hub is offline."""
+    assert type(Models(configure("--config.pretrained.model=nobody/nothing-at-all")).family) is sd.StableDiffusion
 
 
 def test_the_revision_is_a_commit_where_one_is_known():

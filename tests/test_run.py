@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from b2diffurl import losses
+from b2diffurl import gaussian, losses
 from b2diffurl.errors import UserError
 from b2diffurl.families import loading, lora, sd
 from b2diffurl.models import Models
@@ -365,13 +365,40 @@ def test_a_value_baseline_goes_through_the_stages(tmp_path, monkeypatch):
     assert all(r["train/value_loss"] > 0 for r in metrics_of(tmp_path) if r["step"] == "train")
 
 
+@pytest.mark.parametrize("algorithm", ["ddpo_is", "dpo"])
+def test_a_tree_goes_through_the_stages(tmp_path, algorithm):
+    """In the first stage the interval starts after the first fork, in the second it starts before it."""
+    forks = ("--config.schedule.forks=((1, 2), (3, 2))", "--config.sample.branches=4", "--config.schedule.left=2",
+             "--config.schedule.right=5", f"--config.train.algorithm={algorithm}")  # fmt: skip
+    if algorithm == "dpo":
+        forks += ("--config.select.pos_threshold=-9", "--config.select.neg_threshold=9")
+    for stage, (first, evaluations) in enumerate(((3, 2 + 2 * 2 + 4), (1, 2 + 2 * 2 + 4))):
+        run_stage(tmp_path, stage, *forks)
+        stored = load_file(tmp_path / f"t/stage{stage}/samples.safetensors")
+        assert stored["step"].min() == first
+        lines = {r["step"]: r for r in metrics_of(tmp_path) if r["stage"] == stage}
+        assert lines["sample"]["perf/unet_evals"] == 2 * 3 * evaluations
+        assert lines["train"]["policy/ratio_first"] == pytest.approx(1, abs=1e-3)
+        assert lines["train"]["train/updates"] > 0
+    path = tmp_path / "t/stage1/checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
+    with safe_open(path, framework="pt") as lora_file:
+        assert lora_file.metadata()["interval"] == "1:5 of 5"
+
+
+def test_a_value_baseline_without_a_selection_goes_on(tmp_path):
+    run_stage(tmp_path, 0, "--config.train.algorithm=dpok", "--config.train.value_baseline=True",
+              "--config.select.pos_threshold=99", "--config.select.neg_threshold=-99")  # fmt: skip
+    assert (tmp_path / "t/stage0/checkpoints/checkpoint_1/value.safetensors").is_file()
+    assert not load_file(tmp_path / "t/stage0/selected.safetensors")["row"].numel()
+
+
 @torch.no_grad()
 def log_probs_of(stored, loaded):
     """The log-densities (M,) of a stage's stored transitions under the base model."""
     policy = loaded.policy()
     cond = {"encoder_hidden_states": stored["cond.encoder_hidden_states"][stored["prompt"]]}
     before, after = (stored["states"][stored[name]] for name in ("before", "after"))
-    return policy.log_prob(before, stored["step"], cond, after)
+    return gaussian.log_prob(after, *policy.transition(before, stored["step"], cond))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -49,6 +49,17 @@ def test_rows_and_seeds_can_be_chosen():
     assert len(matrix.matrix("quick")) == 4 * 2 + 3
 
 
+def test_trees_and_credit_are_settings_like_others(tmp_path):
+    """Told apart in results.csv by a text that can be split at its commas with a blank."""
+    changes = [("schedule.forks", "((6, 2), (10, 2))"), ("sample.branches", "4"), ("select.credit", "group")]
+    job = matrix.matrix("quick", ("ddpo_is:b2",), (), changes)[0]
+    config = matrix.configure(job, tmp_path, "quick")
+    assert (config.schedule.forks, config.select.credit) == (((6, 2), (10, 2)), "group")
+    told = dict(own.split(" ", 1) for own in job.key()[2].split(", "))
+    assert told["forks"] == "((6,2),(10,2))"
+    assert told["credit"] == "group"
+
+
 def test_all_runs_can_be_given_other_settings_and_are_told_apart_by_them(tmp_path):
     (plain,) = matrix.matrix("full", ["dpok:b2"], [7])
     (job,) = matrix.matrix("full", ["dpok:b2"], [7], [("schedule.left", "18"), ("train.learning_rate", "3e-3")])

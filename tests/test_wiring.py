@@ -88,7 +88,8 @@ def test_an_update_is_no_longer_than_the_bound_on_the_gradient(scheduler):
         experience = Experience(rollout, random_prompts(1), torch.arange(4), torch.ones(4), sample)
         with torch.no_grad():
             given = take(experience.cond, rollout.prompt)
-            rollout.log_prob = learner.policy.log_prob(rollout.states[at], step, given, rollout.states[at + 1])
+            density = learner.policy.transition(rollout.states[at], step, given)
+            rollout.log_prob = gaussian.log_prob(rollout.states[at + 1], *density)
         norms, generator = [], torch.Generator().manual_seed(0)
         update.train_updates(
             learner, experience, config.train, generator, lambda statistics, norm, norms=norms: norms.append(norm)

@@ -7,7 +7,7 @@ import torch
 from ..errors import UserError
 from ..experience import Experience
 from ..first_pass import ROUNDING, precision_of, prediction_error
-from ..guidance import take
+from ..guidance import take, to_device
 from ..plan import Plan
 from ..rollout import Rollout, assemble, denoise
 from ..run.config import read_prompts
@@ -21,10 +21,9 @@ def sampled(loaded, checkpoint, images, steps):
     Raises UserError where a latent is not finite.
     """
     config, plan = loaded.config, Plan(steps, 0, images)
-    kernel = loaded.family.kernel(steps, config.sample.eta)
+    kernel = loaded.family.kernel(steps, config.sample)
     policy = dataclasses.replace(loaded.policy(checkpoint), kernel=kernel)
-    embedded = loaded.family.embed([read_prompts(config.prompts.train)[0]])
-    cond = {name: tensor.to(device()) for name, tensor in embedded.items()}
+    cond = to_device(loaded.family.embed([read_prompts(config.prompts.train)[0]]), device())
     noise = torch.randn(images, steps + 1, *loaded.family.latent_shape).to(device())
     path, log_probs = denoise(policy, policy.initial(noise[:, 0]), take(cond, [0] * images), noise[:, 1:], range(steps))
     log_prob = torch.stack(log_probs, 1).flatten()

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..families.loading import DTYPES
-from ..guidance import take
+from ..guidance import take, to_device
 from ..models import Models
 from ..plan import stage_plan
 from ..rewards import full_float32
@@ -114,16 +114,16 @@ def measure_sampling(loaded, checkpoint, budget):
         policy = loaded.policy(checkpoint)
         denoiser, noise = policy.denoiser, torch.randn(max(2, config.sample.batch_size), 1, *family.latent_shape)
         before, noise = policy.initial(noise[:, 0]), noise.to(policy.device)
-        own = family.embed([read_prompts(config.prompts.train)[0]])
-        own = {name: tensor.to(policy.device) for name, tensor in own.items()}
+        own = to_device(family.embed([read_prompts(config.prompts.train)[0]]), policy.device)
 
         def walk(n):
             return denoise(policy, before[:n], take(own, [0] * n), noise[:n], [0])[0][1]
 
         @torch.no_grad()
         def denoiser_alone(n):
-            latents = before[:n].repeat(family.calls, *[1] * (before.ndim - 1)).to(denoiser.dtype)
-            denoiser(latents, policy.kernel.time(0), **take(own, [0] * len(latents)))
+            latents = before[:n].repeat(family.evaluations, *[1] * (before.ndim - 1))
+            time = policy.kernel.time(torch.zeros(len(latents), dtype=torch.long))
+            family.call(denoiser, latents, time, take(own, [0] * len(latents)))
 
         batch = fitting(config.sample.batch_size, walk, budget)
         guided = seconds_per_call(lambda: walk(batch), budget)

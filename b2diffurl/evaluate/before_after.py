@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..errors import UserError
-from ..guidance import take
+from ..guidance import take, to_device
 from ..models import Models
 from ..noise import stream_noise, stream_seed
 from ..rewards import clip_of
@@ -112,8 +112,7 @@ def generate(config, loaded, lists, checkpoint, label):
         seeds = [stream_seed(config.evaluate.seed, "evaluation", prompt, i) for _, prompt, i in batch]
         noise = torch.stack([stream_noise(seed, steps + 1, loaded.family.latent_shape) for seed in seeds])
         noise = noise.to(policy.device, non_blocking=True)
-        cond = take(embeds, [distinct.index(prompt) for _, prompt, _ in batch])
-        cond = {name: tensor.to(policy.device) for name, tensor in cond.items()}
+        cond = to_device(take(embeds, [distinct.index(prompt) for _, prompt, _ in batch]), policy.device)
         states, _ = denoise(policy, policy.initial(noise[:, 0]), cond, noise[:, 1:], range(steps))
         for (name, _, _), picture in zip(batch, loaded.family.decode(states[-1]).cpu(), strict=True):
             images[name].append(Image.fromarray(picture.numpy()))

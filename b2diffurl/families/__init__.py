@@ -6,30 +6,38 @@ import typing
 from ..errors import UserError
 from .loading import model_index
 
-FAMILIES = {  # by the _class_name of a pipeline's model_index.json
-    "StableDiffusionPipeline": "sd.StableDiffusion",
-    "StableDiffusionXLPipeline": "sdxl.StableDiffusionXL",
+FAMILIES = {  # by how a pipeline's _class_name in model_index.json begins; the first that fits
+    "StableDiffusionXL": "sdxl.StableDiffusionXL",
+    "StableDiffusion3": "sd3.StableDiffusion3",
+    "StableDiffusion": "sd.StableDiffusion",
 }
 
 
 class Family(typing.Protocol):
     """What a run asks of a kind of model; a family is built from the configuration, and loads what it is asked for."""
 
-    calls: int  # of the denoiser for a guided prediction
+    evaluations: int  # of the denoiser for a guided prediction
     lora_targets: tuple  # names of the layers that get a LoRA
     denoiser: object  # the network that is trained, frozen but for a LoRA
     latent_shape: tuple
+    untrained: int  # last steps that have no density
 
     def embed(self, prompts): ...  # -> Conditioning (P, ...) on the CPU
+    def call(self, denoiser, latents, time, cond): ...  # -> the denoiser's output, as the latents
     def predict(self, denoiser, latents, time, cond, negative, guidance): ...  # -> guided, float32, as the latents
-    def kernel(self, steps, eta): ...  # -> a Gaussian transition by step index, from the model's own scheduler
+    def kernel(self, steps, sample): ...  # -> a Gaussian transition by step index, from the model's own scheduler
     def decode(self, latents): ...  # -> pictures (B, H, W, 3) uint8
 
 
 def load_family(config):
     """The Family of config.pretrained.model. Raises UserError for a pipeline of another kind."""
-    model, kind = config.pretrained.model, model_index(config).get("_class_name", "pipeline without a name")
-    if kind not in FAMILIES:
-        raise UserError(f"config.pretrained.model={model!r} is a {kind}: the families here are {', '.join(FAMILIES)}")
-    module, _, name = FAMILIES[kind].partition(".")
+    kind = model_index(config).get("_class_name", "StableDiffusionPipeline")
+    kind = kind[-1] if isinstance(kind, list) else kind  # [module, class] where the pipeline brings code of its own
+    chosen = next((family for begin, family in FAMILIES.items() if kind.startswith(begin)), None)
+    if not chosen:
+        known = ", ".join(f"{begin}Pipeline" for begin in FAMILIES)
+        raise UserError(
+            f"config.pretrained.model={config.pretrained.model!r} is a {kind}: the families here are {known}"
+        )
+    module, _, name = chosen.partition(".")
     return getattr(importlib.import_module(f".{module}", __name__), name)(config)

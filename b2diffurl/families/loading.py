@@ -20,18 +20,27 @@ def revision(config):
 
 
 def model_index(config):
-    """What config.pretrained.model's model_index.json says. Raises UserError where it cannot be read."""
-    model = config.pretrained.model
-    try:
-        index = pathlib.Path(model, "model_index.json")
-        if not pathlib.Path(model).is_dir():
-            from huggingface_hub import hf_hub_download
+    """What config.pretrained.model's model_index.json says; nothing where a hub's cannot be had, as from a cache.
 
+    Raises UserError for a folder's that cannot be read.
+    """
+    model = config.pretrained.model
+    index = pathlib.Path(model, "model_index.json")
+    if not pathlib.Path(model).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
             index = pathlib.Path(hf_hub_download(model, "model_index.json", revision=revision(config)))
-        return json.loads(index.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"config.pretrained.model={model!r}: its model_index.json does not load: {reason}") from None
+    return found
 
 
 def load(loader, config, subfolder, **options):

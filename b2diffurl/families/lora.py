@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..run import storage
 
 
-def add(unet, targets, rank, seed):
+def add(denoiser, targets, rank, seed):
     """Attach a fresh LoRA to the layers `targets`: down-projection N(0, 1/rank²), up-projection zero, scale 1.
 
     -> {name: parameter}, float32 and trainable.
@@ -18,39 +18,46 @@ def add(unet, targets, rank, seed):
     from peft import LoraConfig
 
     torch.manual_seed(seed)
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*targets]))
-    return _trainable(unet)
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*targets]))
+    return _trainable(denoiser)
 
 
-def load(unet, folder):
+def load(denoiser, folder):
     """Attach the LoRA of a checkpoint folder, or put its numbers into the attached one; -> {name: parameter}, float32.
 
     Raises UserError for another model's.
     """
     stored = storage.read_tensors(pathlib.Path(folder) / "pytorch_lora_weights.safetensors", "run_train.py")
     try:
-        if not _layers(unet):
-            unet.load_lora_adapter(os.fspath(folder), prefix="unet", adapter_name="default", use_safetensors=True)
-            _trainable(unet)
-        lora = parameters(unet)
-        names = {f"unet.{name.replace('.default.', '.')}": parameter for name, parameter in lora.items()}
+        if not _layers(denoiser):
+            denoiser.load_lora_adapter(
+                os.fspath(folder), prefix=_component(denoiser), adapter_name="default", use_safetensors=True
+            )
+            _trainable(denoiser)
+        lora = parameters(denoiser)
+        names = {
+            f"{_component(denoiser)}.{name.replace('.default.', '.')}": parameter for name, parameter in lora.items()
+        }
         if foreign := names.keys() ^ stored.keys():  # diffusers passes over what it does not know
             raise ValueError(f"{min(foreign)} is in one of them only")
-        for name, parameter in names.items():  # once more, since diffusers rounds what it loads to the UNet's precision
+        for (
+            name,
+            parameter,
+        ) in names.items():  # once more, since diffusers rounds what it loads to the denoiser's precision
             parameter.data.copy_(stored[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{folder} holds no LoRA of this model: {str(error).splitlines()[0]}") from None
     return lora
 
 
-def parameters(unet):
+def parameters(denoiser):
     """{name: parameter} of the attached LoRA."""
-    return {name: parameter for name, parameter in unet.named_parameters() if ".lora_" in name}
+    return {name: parameter for name, parameter in denoiser.named_parameters() if ".lora_" in name}
 
 
-def switch(unet, on):
-    """Run the UNet with its attached LoRA, trainable, or as the base model; nothing to do where none is attached."""
-    for layer in _layers(unet):
+def switch(denoiser, on):
+    """Run the denoiser with its attached LoRA, trainable, or as the base model; without one there is nothing to do."""
+    for layer in _layers(denoiser):
         layer.enable_adapters(on)
 
 
@@ -76,38 +83,45 @@ class Projection(torch.nn.Linear):
         return torch.nn.functional.linear(x, self.weight.to(x.dtype))
 
 
-def _layers(unet):
-    if not getattr(unet, "_hf_peft_config_loaded", False):
+def _layers(denoiser):
+    if not getattr(denoiser, "_hf_peft_config_loaded", False):
         return []
     from peft.tuners.lora import LoraLayer
 
-    return [module for module in unet.modules() if isinstance(module, LoraLayer)]
+    return [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
 
 
-def _trainable(unet):
+def _trainable(denoiser):
     """{name: parameter} of the LoRA that was just attached, made float32 and trainable."""
-    for layer in _layers(unet):
+    for layer in _layers(denoiser):
         layer.cast_input_dtype_enabled = False
         layer.forward = functools.partial(_forward, layer, layer.forward)
         for matrices in (layer.lora_A, layer.lora_B):
             for name, matrix in matrices.items():
                 matrices[name] = Projection(matrix.in_features, matrix.out_features, bias=False, device="meta")
                 matrices[name].weight = torch.nn.Parameter(matrix.weight.float())
-    return parameters(unet)
+    return parameters(denoiser)
 
 
-def save(unet, folder, metadata=None):
-    """Write pytorch_lora_weights.safetensors, as StableDiffusionPipeline.load_lora_weights(folder) reads it.
+def save(denoiser, folder, metadata=None):
+    """Write pytorch_lora_weights.safetensors, as the stock pipeline's load_lora_weights(folder) reads it.
 
     metadata: {name: text} for the file's header, which loaders pass over.
     """
-    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+    from diffusers.loaders.lora_pipeline import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
     from peft.utils import get_peft_model_state_dict
 
-    StableDiffusionLoraLoaderMixin.save_lora_weights(
+    component = _component(denoiser)
+    loader = StableDiffusionLoraLoaderMixin if component == "unet" else SD3LoraLoaderMixin
+    loader.save_lora_weights(
         os.fspath(folder),
-        get_peft_model_state_dict(unet),
+        **{f"{component}_lora_layers": get_peft_model_state_dict(denoiser)},
         save_function=lambda weights, path: storage.write_tensors(
             pathlib.Path(path), weights, {"format": "pt", **(metadata or {})}
         ),
     )
+
+
+def _component(denoiser):
+    """What pipelines call the denoiser, and LoRA files put before its layers' names."""
+    return "unet" if type(denoiser).__name__.startswith("UNet") else "transformer"

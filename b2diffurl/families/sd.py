@@ -16,7 +16,8 @@ DECODED_LATENT_PIXELS = 8 * 64 * 64  # latent pixels that the VAE decodes at onc
 class StableDiffusion:
     """The parts of a StableDiffusionPipeline, each loaded when it is first used, and then kept."""
 
-    calls = 2  # of the denoiser for a prediction: guidance has two halves
+    untrained = 0  # last steps that have no density
+    evaluations = 2  # of the denoiser for a prediction: guidance has two halves
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
 
     def __init__(self, config):
@@ -64,18 +65,17 @@ class StableDiffusion:
                 self._embeds[prompt] = encoder(ids.to(encoder.device)).last_hidden_state[0].cpu()
         return {"encoder_hidden_states": torch.stack([self._embeds[prompt] for prompt in prompts])}
 
+    def call(self, denoiser, latents, time, cond):
+        """The UNet's output (B, C, H, W) in its precision, to which inputs are cast."""
+        given = {name: tensor.to(denoiser.dtype) for name, tensor in cond.items()}
+        return denoiser(latents.to(denoiser.dtype), time, **given).sample
+
     def predict(self, denoiser, latents, time, cond, negative, guidance):
-        """The guided output of the UNet, float32 (B, C, H, W); inputs are cast to its precision."""
-        dtype = denoiser.dtype
+        """The guided output, float32 (B, C, H, W)."""
+        return guided(functools.partial(self.call, denoiser), latents, time, cond, negative, guidance)
 
-        def call(latents, time, cond):
-            given = {name: tensor.to(dtype) for name, tensor in cond.items()}
-            return denoiser(latents.to(dtype), time, **given).sample
-
-        return guided(call, latents, time, cond, negative, guidance)
-
-    def kernel(self, steps, eta):
-        """The DDIM kernel with the pipeline's betas over so many steps, on the run's device.
+    def kernel(self, steps, sample):
+        """The DDIM kernel with the pipeline's betas over so many steps, on the run's device; sample: config.sample.
 
         Raises UserError where some step would have no variance, and so no log-probability.
         """
@@ -97,7 +97,7 @@ class StableDiffusion:
             )
         for name in ("alphas_cumprod", "timesteps"):  # where they are used, so that no step waits for a copy
             setattr(scheduler, name, getattr(scheduler, name).to(device()))
-        return DDIM(scheduler, eta)
+        return DDIM(scheduler, sample.eta)
 
     @torch.no_grad()
     def decode(self, latents):

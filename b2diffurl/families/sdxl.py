@@ -4,7 +4,6 @@ import functools
 
 import torch
 
-from ..guidance import guided
 from .loading import load, load_frozen, model_index
 from .sd import StableDiffusion
 
@@ -50,16 +49,12 @@ class StableDiffusionXL(StableDiffusion):
                     own = tuple(torch.zeros_like(tensor) for tensor in own)
                 self._embeds[prompt] = own
         hidden, pooled = map(torch.stack, zip(*(self._embeds[prompt] for prompt in prompts), strict=True))
-        sizes = self.time_ids.expand(len(prompts), -1)
+        sizes = self.time_ids.repeat(len(prompts), 1)
         return {"encoder_hidden_states": hidden, "text_embeds": pooled, "time_ids": sizes}
 
-    def predict(self, denoiser, latents, time, cond, negative, guidance):
-        """The guided output of the UNet, float32 (B, C, H, W); inputs are cast to its precision."""
-        dtype = denoiser.dtype
-
-        def call(latents, time, cond):
-            given = {name: tensor.to(dtype) for name, tensor in cond.items()}
-            hidden = given.pop("encoder_hidden_states")
-            return denoiser(latents.to(dtype), time, encoder_hidden_states=hidden, added_cond_kwargs=given).sample
-
-        return guided(call, latents, time, cond, negative, guidance)
+    def call(self, denoiser, latents, time, cond):
+        """The UNet's output (B, C, H, W) in its precision, to which inputs are cast."""
+        given = {name: tensor.to(denoiser.dtype) for name, tensor in cond.items()}
+        hidden = given.pop("encoder_hidden_states")
+        latents = latents.to(denoiser.dtype)
+        return denoiser(latents, time, encoder_hidden_states=hidden, added_cond_kwargs=given).sample

@@ -8,6 +8,7 @@ import re
 
 from ..credit import RULES
 from ..errors import UserError
+from ..flow import SAMPLERS
 from ..losses import ALGORITHMS
 from ..plan import METHODS
 from ..schedule import KINDS
@@ -17,6 +18,7 @@ CHOICES = {
     "mixed_precision": ("no", "fp16", "bf16"),
     "log_with": ("", "wandb"),
     "schedule.kind": KINDS,
+    "sample.sampler": SAMPLERS,
     "select.credit": ("", *RULES),
     "train.algorithm": tuple(ALGORITHMS),
     "train.log_prob": ("mean", "sum"),
@@ -24,15 +26,15 @@ CHOICES = {
     "train.lr_schedule": ("constant", "linear"),
 }
 AT_LEAST = {
-    "schedule.stage_count": 1, "schedule.left": 1, "sample.num_steps": 1, "sample.groups": 1, "sample.branches": 1,
-    "sample.batch_size": 1, "reward.batch_size": 1, "select.history": 0, "train.batch_size": 1, "train.kl_weight": 0,
-    "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.value_epochs": 1, "train.lora_rank": 1,
-    "train.target_kl": 0, "evaluate.images_per_prompt": 1, "keep.images": 0, "keep.trajectories": 0,
-    "keep.optimiser": 0,
+    "schedule.stage_count": 1, "schedule.left": 1, "schedule.untrained": 0, "sample.num_steps": 1, "sample.groups": 1,
+    "sample.branches": 1, "sample.batch_size": 1, "reward.batch_size": 1, "select.history": 0, "train.batch_size": 1,
+    "train.kl_weight": 0, "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.value_epochs": 1,
+    "train.lora_rank": 1, "train.target_kl": 0, "evaluate.images_per_prompt": 1, "keep.images": 0,
+    "keep.trajectories": 0, "keep.optimiser": 0,
 }  # fmt: skip
 ABOVE_0 = (
-    "sample.eta", "train.learning_rate", "train.clip_range", "train.max_grad_norm", "train.adv_clip", "train.dpo_beta",
-    "train.value_learning_rate",
+    "sample.eta", "sample.noise_level", "train.learning_rate", "train.clip_range", "train.max_grad_norm",
+    "train.adv_clip", "train.dpo_beta", "train.value_learning_rate",
 )  # fmt: skip
 FINITE = (
     "sample.guidance_scale", "select.pos_threshold", "select.neg_threshold", "train.positive_weight",
@@ -142,23 +144,26 @@ def _check_schedule(config):
              f"must be at most config.schedule.right={schedule.right}")  # fmt: skip
     _require(schedule.right <= steps, "schedule.right", schedule.right,
              f"the interval cannot be longer than config.sample.num_steps={steps}")  # fmt: skip
+    _require(schedule.untrained < schedule.left, "schedule.untrained", schedule.untrained,
+             f"must be below config.schedule.left={schedule.left}, or a stage trains nothing")  # fmt: skip
     _require(0 <= config.stage < schedule.stage_count, "stage", config.stage,
              f"must be in 0..{schedule.stage_count - 1} (config.schedule.stage_count - 1)")  # fmt: skip
 
 
 def _check_forks(config):
-    forks, steps = config.schedule.forks, config.sample.num_steps
+    forks, trained = config.schedule.forks, config.sample.num_steps - config.schedule.untrained
     if not forks:
         return
     _require(all(isinstance(fork, tuple) and [type(n) for n in fork] == [int, int] for fork in forks),
              "schedule.forks", forks, "must be (step, fan-out) pairs such as ((6, 2), (10, 2), (14, 2))")  # fmt: skip
-    at = [step for step, _ in forks]
-    _require(at == sorted({*at}) and at[0] >= 0 and at[-1] < steps and all(fan_out > 1 for _, fan_out in forks),
-             "schedule.forks", forks, f"steps must rise within 0..{steps - 1}, and fan-outs be 2 or more")  # fmt: skip
-    images = math.prod(fan_out for _, fan_out in forks)
+    at, fan_outs = zip(*forks, strict=True)
+    _require([*at] == sorted({*at}) and at[0] >= 0 and at[-1] < trained and min(fan_outs) > 1, "schedule.forks", forks,
+             f"steps must rise within 0..{trained - 1}, and fan-outs be 2 or more")  # fmt: skip
+    images = math.prod(fan_outs)
     _require(images == config.sample.branches, "schedule.forks", forks,
              f"it has {images} leaves: set config.sample.branches={images}")  # fmt: skip
-    _require(METHODS[config.method].branches, "schedule.forks", forks, f"config.method={config.method} has no branches")
+    _require(METHODS[config.method].branches, "schedule.forks", forks,
+             f"config.method={config.method} has no branches")  # fmt: skip
 
 
 def _check_model_folder(field, value, marker):

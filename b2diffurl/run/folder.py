@@ -33,7 +33,10 @@ FREE = (
     "evaluate.",
 )
 
-ADDED = {"schedule.forks": [], "select.credit": ""}  # settings that earlier runs lack, and what those did
+ADDED = {  # settings that earlier runs lack, and what those did
+    "schedule.forks": [], "schedule.untrained": 0, "select.credit": "", "sample.sampler": "cps",
+    "sample.noise_level": 0.7,
+}  # fmt: skip
 RENAMED = {"train.beta1": "train.positive_weight", "train.beta2": "train.negative_weight"}
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from .. import rollout
 from ..errors import UserError
-from ..guidance import take
+from ..guidance import take, to_device
 from ..models import Models
 from ..noise import draw_prompts, stream_seed
 from ..plan import stage_plan
@@ -61,7 +61,7 @@ def main(config, started=None, loaded=None):
         "interval/start": plan.start,
         "interval/length": plan.steps - plan.start,
         "sample/images": len(rows),
-        "perf/unet_evals": loaded.family.calls * plan.evaluations * config.sample.groups,
+        "perf/unet_evals": loaded.family.evaluations * plan.evaluations * config.sample.groups,
         "perf/startup_s": round(ready - started, 3),
         "perf/images_per_s": round(speed, 3),
         "time_s": round(seconds, 3),
@@ -101,10 +101,7 @@ def _denoise(config, policy, plan, rows, cond, folder):
     from tqdm import tqdm
 
     numbers, saving = [row["group"] for row in rows[:: plan.images]], []
-    seeds = [
-        [stream_seed(config.seed, config.stage, number, name) for number in numbers for name in names]
-        for names in plan.streams()
-    ]
+    seeds = plan.seeds(config.seed, config.stage, numbers)
     bar = tqdm(total=len(rows), desc=f"stage {config.stage} sample", unit="image", leave=False, disable=None)
     with bar, concurrent.futures.ThreadPoolExecutor(4) as pool:
 
@@ -117,7 +114,7 @@ def _denoise(config, policy, plan, rows, cond, folder):
                 saving.append(pool.submit(save, picture, copied, folder / row["image"]))
             bar.update(len(latents))
 
-        cond = {name: tensor.to(policy.device) for name, tensor in cond.items()}
+        cond = to_device(cond, policy.device)
         states, log_prob = rollout.sample(policy, plan, cond, seeds, config.sample.batch_size, on_batch)
         for future in saving:
             future.result()

@@ -16,7 +16,7 @@ from ..first_pass import PolicyMismatch
 from ..losses import ALGORITHMS
 from ..models import Models
 from ..noise import stream_seed
-from ..plan import stage_interval, stage_plan
+from ..plan import stage_plan
 from ..report import curves
 from ..run import metrics, processes, storage
 from ..run.folder import flat, prune, that_matter
@@ -24,7 +24,7 @@ from ..run.tracking import track
 from ..update import Learner, build_optimizer, count_updates, pretrained_means, train_updates
 from ..value import Baseline
 from .begin import begin
-from .trajectories import read_credit, read_experience, write_credit
+from .trajectories import as_tensors, read_credit, read_experience
 
 HEADROOM = "loss_scale.headroom"  # the name of its tensor beside AdamW's state
 NO_UPDATE = {
@@ -80,12 +80,11 @@ def _credit(config, run):
     """The stage's Credit, {name: tensor}. Raises UserError where it is missing, broken or another run's."""
     scores = storage.read_json(run.stage / "scores.json", "run_select.py")["scores"]
     path = run.stage / "selected.safetensors"
-    if storage.read_tensors(path, "run_select.py").keys() == {
-        "index",
-        "normalised",
-    }:  # written before there was a Credit
+    stored = storage.read_tensors(path, "run_select.py")
+    if stored.keys() == {"index", "normalised"}:  # of a run from before there was a Credit
         normalised = np.array([row["normalised"] for row in scores]).reshape(-1, config.sample.branches)
-        write_credit(path, assign(stage_plan(config), normalised, config)[0])
+        credit = assign(stage_plan(config), normalised, config)[0]
+        return as_tensors(credit if len(stored["index"]) else credit.none())
     return read_credit(path)
 
 
@@ -133,7 +132,7 @@ def _train(config, learner, experience, baseline):
     values = _figures(updates) | planned | {"train/lora_change": _changed(config, learner.parameters, before)}
     if baseline:
         values["train/value_loss"] = baseline.fit(experience, train.value_epochs, generator)
-    values["perf/unet_evals"] = policy.family.calls * (asked + asked_base)
+    values["perf/unet_evals"] = policy.family.evaluations * (asked + asked_base)
     values["perf/predictions_per_s"] = round(asked / (time.perf_counter() - began), 3)
     return values
 
@@ -194,13 +193,13 @@ def provenance(config):
 
     The run's name is not in it: the same settings make the same file.
     """
-    start, stop = stage_interval(config)
+    plan = stage_plan(config)
     settings = {name: value for name, value in that_matter(flat(config)).items() if name != "exp_name"}
     return {
         "base_model": config.pretrained.model,
         "base_revision": revision(config),
         "stage": str(config.stage),
-        "interval": f"{start}:{stop} of {config.sample.num_steps}",
+        "interval": f"{plan.start}:{plan.steps - plan.untrained} of {plan.steps}",
         "config_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
     }
 

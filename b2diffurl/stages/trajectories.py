@@ -24,8 +24,12 @@ def write_rollout(path, rollout, cond, negative):
 
 def write_credit(path, credit):
     """Write selected.safetensors: a Credit."""
-    named = {name: torch.from_numpy(array) for name, array in vars(credit).items() if array is not None}
-    storage.write_tensors(path, named)
+    storage.write_tensors(path, as_tensors(credit))
+
+
+def as_tensors(credit):
+    """A Credit as {name: tensor}, without rivals where there are none."""
+    return {name: torch.from_numpy(array) for name, array in vars(credit).items() if array is not None}
 
 
 def read_credit(path):
@@ -47,14 +51,16 @@ def read_experience(path, plan, groups, credit):
     try:
         with safe_open(path, framework="pt") as stored:
             states, table, prompts = _stored(stored, plan)
-            if len(table["step"]) != count or (len(rows) and not 0 <= rows[0] <= rows[-1] < count):
+            if len(table["log_prob"]) != count or (len(rows) and not 0 <= rows[0] <= rows[-1] < count):
                 raise UserError(f"{path.parent} {FOREIGN}")
-            kept = torch.cat([table["before"][rows], table["after"][rows]]).unique()
-            latents = torch.cat([states[:0], *(states[i : i + 1] for i in kept.tolist())])
+            states_of = torch.cat([table["before"][rows], table["after"][rows]]).unique()
+            latents = torch.cat([states[:0], *(states[i : i + 1] for i in states_of.tolist())])
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run run_sample.py on this stage first") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
     own = {name: tensor[rows] for name, tensor in table.items()}
-    own |= {name: torch.searchsorted(kept, own[name]) for name in ("before", "after")}
+    own |= {name: torch.searchsorted(states_of, own[name]) for name in ("before", "after")}
     places = {name: torch.searchsorted(rows, credit[name]) for name in ("row", "rival") if name in credit}
     rollout = Rollout(states=latents, **own)
     return Experience(rollout, prompts[0], **{**credit, **places}), prompts[1]
@@ -77,6 +83,9 @@ def _shared_beginnings(stored, plan):
     """The same of the form that files had before trees: each root's last shared latent, and each image's interval."""
     starts, latents = stored.get_tensor("start_latents"), stored.get_tensor("latents")
     groups = len(starts) // plan.roots
+    wanted = groups * plan.images, len(plan.transitions.step) // plan.images
+    if latents.shape[:2] != wanted:
+        raise OSError(f"it has {tuple(latents.shape[:2])} images and steps where the run has {wanted}")
     states = torch.cat([part.unflatten(0, (groups, -1)).flatten(1, -4) for part in (starts[:, None], latents)], 1)
     table = vars(assemble(plan, states, stored.get_tensor("log_probs").view(groups, -1), torch.zeros(groups).long()))
     table["prompt"] = stored.get_tensor("prompt_index").repeat_interleave(latents.shape[1])

@@ -95,7 +95,7 @@ class Job(typing.NamedTuple):
 
     def key(self):
         """What names the run in results.csv: (algorithm, method, settings as text, seed)."""
-        told = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in self.settings)
+        told = ", ".join(f"{name.split('.')[-1]} {str(value).replace(' ', '')}" for name, value in self.settings)
         return self.algorithm, self.method, told, self.seed
 
     def name(self):
