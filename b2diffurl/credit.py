@@ -98,7 +98,7 @@ def assign(plan, normalised, config):
         of_node = np.stack([advantages, samples + np.arange(len(rows))], 1)[:, None]
         found.append((rows.ravel(), *np.broadcast_to(of_node, (*rows.shape, 2)).reshape(-1, 2).T, rivals.ravel()))
         samples += len(rows)
-    row, advantage, sample, rival = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    row, advantage, sample, rival = (np.concatenate(own) for own in zip(*found, strict=True))
     advantage = weigh(advantage, train.adv_clip, train.positive_weight, train.negative_weight)
     return Credit(row, advantage, sample.astype(np.int64), rival if preference else None), chosen
 

@@ -157,7 +157,7 @@ def accumulate(learner, experience, samples, train, generator, scale=1.0):
     for parameter in learner.parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / scale
     processes.sum_([parameter.grad for parameter in learner.parameters])
-    own = {name: torch.cat(parts).cpu() for name, parts in collected.items()}
+    own = {name: torch.cat(found).cpu() for name, found in collected.items()}
     found = processes.gather((own, asked))
     names = next(own for own, _ in found if own)
     return {name: torch.cat([own[name] for own, _ in found if own]) for name in names}, sum(n for _, n in found)

@@ -57,15 +57,15 @@ class Baseline:
     def of(self, experience):
         """V of all rows -> (n,)."""
         everything = torch.arange(len(experience.row))
-        return torch.cat([self.predict(experience, part) for part in everything.split(self.batch_size)])
+        return torch.cat([self.predict(experience, batch) for batch in everything.split(self.batch_size)])
 
     def fit(self, experience, epochs, generator):
         """Regress V on the rows' advantages -> mean squared error of the last epoch."""
         count = len(experience.row)
         for _ in range(epochs):
             total = 0.0
-            for part in torch.randperm(count, generator=generator).split(self.batch_size):
-                error = self.predict(experience, part) - experience.advantage[part]
+            for batch in torch.randperm(count, generator=generator).split(self.batch_size):
+                error = self.predict(experience, batch) - experience.advantage[batch]
                 error.square().mean().backward()
                 self.optimizer.step()
                 self.optimizer.zero_grad()

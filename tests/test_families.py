@@ -13,7 +13,7 @@ import tiny_sdxl
 import torch
 from safetensors.torch import load_file
 
-from b2diffurl.bench import random_weights
+from b2diffurl.bench import densities, random_weights, rates
 from b2diffurl.errors import UserError
 from b2diffurl.evaluate import before_after
 from b2diffurl.families import lora
@@ -161,6 +161,17 @@ def test_two_stages_an_evaluation_and_the_stock_pipeline_reads_the_lora(kind, el
     theirs = kind.call(denoiser)
     torch.testing.assert_close(kind.call(ours), theirs)
     assert (theirs - base).abs().max() > 1e-4
+
+
+def test_the_bench_measures_every_family(kind, tmp_path):
+    loaded = Models(kind.configure("train.log_prob=mean"))
+    random_weights.write_lora(loaded, tmp_path)
+    sampling, _, pictures = rates.measure_sampling(loaded, tmp_path, 0.01)
+    assert sampling["per_s"] > 0
+    assert pictures[0].size == (16, 16)
+    assert rates.measure_training(loaded, tmp_path, 0.01)["flops_each"] > sampling["flops_per_step"]
+    figures = densities.first_pass(loaded, tmp_path, images=3, steps=2, batch=2)
+    assert [row["prediction_error"] < figures["allowed"] for row in figures["by_step"]] == [True, True]
 
 
 def test_a_flow_models_stored_densities_are_float64s(tmp_path):

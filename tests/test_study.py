@@ -34,7 +34,7 @@ def drawn(count, seed=0):
 def test_matrix_has_the_seeds_that_the_evidence_needs():
     jobs = matrix.matrix("full")
     assert len(jobs) == len(set(jobs)) == 2 * 4 * 5 + 3 * 2 * 3
-    for cell in itertools.product(("ddpo_is", "ddpo_is_sum"), matrix.METHODS):
+    for cell in itertools.product(("ddpo_is", "ddpo_is_sum"), matrix.ARMS):
         assert len({job.seed for job in jobs if job[:2] == cell}) == 5
     for algorithm in ("ddpo_sf", "dpok", "dpo"):
         for method in ("ddpo", "b2"):

@@ -16,12 +16,12 @@ from ..update import losses_of
 
 
 def sampled(loaded, checkpoint, images, steps):
-    """Sample images together, over a whole schedule of `steps` steps -> the Policy, and an Experience of all of it.
+    """Sample images together, over a whole schedule of `steps` trained steps -> the Policy, and an Experience of them.
 
     Raises UserError where a latent is not finite.
     """
     config, plan = loaded.config, Plan(steps, 0, images)
-    kernel = loaded.family.kernel(steps, config.sample)
+    kernel = loaded.family.kernel(steps + loaded.family.untrained, config.sample)
     policy = dataclasses.replace(loaded.policy(checkpoint), kernel=kernel)
     cond = to_device(loaded.family.embed([read_prompts(config.prompts.train)[0]]), device())
     noise = torch.randn(images, steps + 1, *loaded.family.latent_shape).to(device())
@@ -53,16 +53,13 @@ def first_pass(loaded, checkpoint, images, steps, batch):
     their rounding is what is seen.
     """
     policy, experience = sampled(loaded, checkpoint, images, steps)
-    trained, _ = loaded.trainable(checkpoint)
-    trained, train = (
-        dataclasses.replace(trained, kernel=policy.kernel),
-        loaded.config.copy_and_resolve_references().train,
-    )
+    trained = dataclasses.replace(loaded.trainable(checkpoint)[0], kernel=policy.kernel)
+    train = loaded.config.copy_and_resolve_references().train
     train.algorithm, train.log_prob = "ddpo_is", "mean"
     log_ratios = torch.empty(images * steps, dtype=torch.float64)
-    for part in torch.randperm(len(log_ratios)).split(batch):
-        statistics = losses_of(trained, experience, part, train)[1]
-        log_ratios[part] = statistics["ratio"].double().log().cpu()
+    for rows in torch.randperm(len(log_ratios)).split(batch):
+        statistics = losses_of(trained, experience, rows, train)[1]
+        log_ratios[rows] = statistics["ratio"].double().log().cpu()
     by_step = []
     for step, own in enumerate(log_ratios.view(images, steps).T):
         row = {"t": int(policy.kernel.time(step)), "ratio_error": own.expm1().abs().max().item()}

@@ -104,10 +104,10 @@ class StableDiffusion:
         """Latents (B, C, h, w) -> pictures (B, H, W, 3) uint8 on their device; large pictures a few at a time."""
         at_once, vae = max(1, DECODED_LATENT_PIXELS // latents[0, 0].numel()), self.vae
         pictures = [
-            ((vae.decode(part.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1) * 255)
+            ((vae.decode(few.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1) * 255)
             .round()
             .byte()
             .permute(0, 2, 3, 1)
-            for part in latents.split(at_once)
+            for few in latents.split(at_once)
         ]
         return torch.cat(pictures)

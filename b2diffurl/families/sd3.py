@@ -125,7 +125,7 @@ class StableDiffusion3:
     def decode(self, latents):
         """Latents (B, C, h, w) -> pictures (B, H, W, 3) uint8 on their device, one at a time."""
         config, pictures = self.vae.config, []
-        for part in latents.split(1):
-            scaled = part.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0)
+        for one in latents.split(1):
+            scaled = one.to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0)
             pictures.append(self.vae.decode(scaled).sample.float())
         return ((torch.cat(pictures) / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)

@@ -28,20 +28,20 @@ class HuggingFaceClip:
         def prepare(first):
             return self.processor(images[first : first + self.batch_size], return_tensors="pt").pixel_values
 
-        parts = [
+        batches = [
             self.model.get_image_features(pixels.to(self.device)).pooler_output
             for pixels in ahead(prepare, range(0, len(images), self.batch_size))
         ]
-        return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+        return torch.nn.functional.normalize(torch.cat(batches), dim=1)
 
     @torch.no_grad()
     def of_texts(self, texts):
         """Strings -> (N, D) float32 unit vectors; long ones are cut at the model's length."""
-        parts = []
+        batches = []
         for first in range(0, len(texts), self.batch_size):
             batch = self.tokenizer(
                 texts[first : first + self.batch_size], padding=True, truncation=True,
                 max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt",
             )  # fmt: skip
-            parts.append(self.model.get_text_features(**batch.to(self.device)).pooler_output)
-        return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+            batches.append(self.model.get_text_features(**batch.to(self.device)).pooler_output)
+        return torch.nn.functional.normalize(torch.cat(batches), dim=1)

@@ -143,11 +143,11 @@ PRUNED = {  # config.keep.<name> -> what goes, below a stage's folder
 
 def prune(run, config):
     """Delete what config.keep no longer keeps, when config.stage is complete."""
-    for name, parts in PRUNED.items():
+    for name, names in PRUNED.items():
         oldest = config.stage - config.keep[name] if config.keep[name] else -1
         for stage in range(oldest + 1):
-            for part in parts:
-                path = run.folder / f"stage{stage}" / part
+            for below in names:
+                path = run.folder / f"stage{stage}" / below
                 aside = path.with_name(path.name + ".tmp")
                 shutil.rmtree(aside, ignore_errors=True)
                 if path.is_dir():

@@ -29,12 +29,8 @@ def main(config, started=None, loaded=None):
     if not opened:
         return
     run, log = opened
-    before, loaded, plan, rows = (
-        run.require_previous(),
-        loaded or Models(config),
-        stage_plan(config),
-        image_rows(config),
-    )
+    before, loaded = run.require_previous(), loaded or Models(config)
+    plan, rows = stage_plan(config), image_rows(config)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     of_group = torch.tensor([prompts.index(row["prompt"]) for row in rows[:: plan.images]])
     cond, policy = loaded.family.embed(prompts), loaded.policy(before)
@@ -56,24 +52,29 @@ def main(config, started=None, loaded=None):
         return
     forest = rollout.assemble(plan, tensors["states"], tensors["log_prob"], of_group)
     write_rollout(run.stage / "samples.safetensors", forest, cond, loaded.family.embed([""]))
-    seconds, speed = time.perf_counter() - started, len(rows) / (time.perf_counter() - ready)
-    values = {
-        "interval/start": plan.start,
-        "interval/length": plan.steps - plan.start,
-        "sample/images": len(rows),
-        "perf/unet_evals": loaded.family.evaluations * plan.evaluations * config.sample.groups,
-        "perf/startup_s": round(ready - started, 3),
-        "perf/images_per_s": round(speed, 3),
-        "time_s": round(seconds, 3),
-    }
+    values = _figures(config, plan, loaded.family.evaluations, started, ready)
     metrics.record(run.metrics, config, "sample", values)
     storage.write_json(run.stage / "samples.json", rows)
     processes.barrier()
     track(config, "sample", values, log)
     log.info(
         f"stage {config.stage} sample: {len(rows)} images, last {plan.steps - plan.start} of {plan.steps} steps "
-        f"branch, {speed:.1f} images/s, {seconds:.1f} s"
+        f"branch, {values['perf/images_per_s']:.1f} images/s, {values['time_s']:.1f} s"
     )
+
+
+def _figures(config, plan, halves, started, ready):
+    """What metrics.jsonl says of the step; halves: denoiser evaluations per guided prediction."""
+    now, images = time.perf_counter(), config.sample.groups * plan.images
+    return {
+        "interval/start": plan.start,
+        "interval/length": plan.steps - plan.start,
+        "sample/images": images,
+        "perf/unet_evals": halves * plan.evaluations * config.sample.groups,
+        "perf/startup_s": round(ready - started, 3),
+        "perf/images_per_s": round(images / (now - ready), 3),
+        "time_s": round(now - started, 3),
+    }
 
 
 def image_rows(config):

@@ -1,4 +1,4 @@
-"""Step 2 of a stage: score the pictures, normalise per prompt, keep the contrasts."""
+"""Step 2 of a stage: score the pictures, normalise per prompt, assign the credit."""
 
 import concurrent.futures
 import time

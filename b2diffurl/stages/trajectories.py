@@ -86,7 +86,7 @@ def _shared_beginnings(stored, plan):
     wanted = groups * plan.images, len(plan.transitions.step) // plan.images
     if latents.shape[:2] != wanted:
         raise OSError(f"it has {tuple(latents.shape[:2])} images and steps where the run has {wanted}")
-    states = torch.cat([part.unflatten(0, (groups, -1)).flatten(1, -4) for part in (starts[:, None], latents)], 1)
+    states = torch.cat([own.unflatten(0, (groups, -1)).flatten(1, -4) for own in (starts[:, None], latents)], 1)
     table = vars(assemble(plan, states, stored.get_tensor("log_probs").view(groups, -1), torch.zeros(groups).long()))
     table["prompt"] = stored.get_tensor("prompt_index").repeat_interleave(latents.shape[1])
     prompts = [{"encoder_hidden_states": stored.get_tensor(f"{name}_embeds")} for name in ("prompt", "negative")]

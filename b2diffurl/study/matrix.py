@@ -28,7 +28,7 @@ LOSSES = {  # what results.csv calls a loss: its settings; ddpo_is and ddpo_is_s
     **{name: {"train.algorithm": name, **MEAN} for name in OTHERS},
 }
 THIRD_SEED = ("ddpo_is",)  # losses whose finalists have one more seed in the search
-METHODS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
+ARMS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 SIZES = {"sample.groups": 48, "evaluate.images_per_prompt": 16}
 BUDGETS = {  # settings over the shapes preset's, the same for every run of a kind of study
     "full": {"schedule.stage_count": 12, **SIZES, **prompt_lists("study")},
@@ -89,7 +89,7 @@ class Job(typing.NamedTuple):
     """A run of the matrix: everything in which it differs from the others."""
 
     algorithm: str  # a key of LOSSES
-    method: str  # one of METHODS
+    method: str  # one of ARMS
     seed: int
     settings: tuple  # of (configuration field, value)
 
@@ -123,7 +123,7 @@ def _cells(losses, methods):
 
 def _search():
     """[((algorithm, method), seed, settings)] of the search."""
-    cells = _cells(("ddpo_is", "ddpo_is_sum"), METHODS) + _cells(OTHERS, ("ddpo", "b2"))
+    cells = _cells(("ddpo_is", "ddpo_is_sum"), ARMS) + _cells(OTHERS, ("ddpo", "b2"))
     finals = [(cell, settings) for cell, finalists in FINALISTS.items() for settings in finalists]
     return [
         *((cell, 201, settings) for cell in cells for settings in GRID[cell[0]]),
@@ -135,10 +135,10 @@ def _search():
 def _evidence(kind, seeds):
     """[((algorithm, method), seed, settings)] of a full or quick study."""
     if kind == "quick":
-        ddpo, many = _cells(("ddpo_is",), METHODS), (101, 102)
+        ddpo, many = _cells(("ddpo_is",), ARMS), (101, 102)
         others, few = _cells(OTHERS, ("b2",)), (101,)
     else:
-        ddpo, many = _cells(("ddpo_is", "ddpo_is_sum"), METHODS), range(101, 106)
+        ddpo, many = _cells(("ddpo_is", "ddpo_is_sum"), ARMS), range(101, 106)
         others, few = _cells(OTHERS, ("ddpo", "b2")), range(101, 104)
     runs = [(cell, seed) for seed in seeds or many for cell in ddpo]
     runs += [(cell, seed) for seed in seeds or few for cell in others]
