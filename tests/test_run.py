@@ -378,7 +378,8 @@ def test_a_tree_goes_through_the_stages(tmp_path, algorithm):
         assert stored["step"].min() == first
         lines = {r["step"]: r for r in metrics_of(tmp_path) if r["stage"] == stage}
         assert lines["sample"]["perf/unet_evals"] == 2 * 3 * evaluations
-        assert lines["train"]["policy/ratio_first"] == pytest.approx(1, abs=1e-3)
+        # a sum magnifies rounding by the latent's 256 dimensions, and a preference shows the worse of two
+        assert lines["train"]["policy/ratio_first"] == pytest.approx(1, abs=1e-2)
         assert lines["train"]["train/updates"] > 0
     path = tmp_path / "t/stage1/checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
     with safe_open(path, framework="pt") as lora_file:
