@@ -6,24 +6,23 @@ import torch
 
 from ..errors import UserError
 from ..flow import Flow
-from ..guidance import guided
 from ..run.processes import device
 from .loading import load, load_frozen, model_index
+from .sd import StableDiffusion
 
 T5_TOKENS = 256  # of a prompt, as the pipeline has them
 
 
-class StableDiffusion3:
-    """The parts of a StableDiffusion3Pipeline, each loaded when it is first used, and then kept."""
+class StableDiffusion3(StableDiffusion):
+    """The parts of a StableDiffusion3Pipeline; what is not said here is as in Stable Diffusion."""
 
     untrained = 1  # last steps that have no density
-    evaluations = 2  # of the denoiser for a prediction: guidance has two halves
     lora_targets = (  # of every attention, that of 3.5's dual blocks too
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     )  # fmt: skip
 
     def __init__(self, config):
-        self.config, self._embeds = config, {}
+        super().__init__(config)
         if config.schedule.untrained < self.untrained:
             raise UserError(
                 f"config.schedule.untrained={config.schedule.untrained}: the last step of a flow model has no density; "
@@ -36,20 +35,6 @@ class StableDiffusion3:
         from diffusers import SD3Transformer2DModel
 
         return load_frozen(SD3Transformer2DModel, self.config, "transformer")
-
-    @property
-    def latent_shape(self):
-        """(C, H, W)."""
-        config = self.denoiser.config
-        return config.in_channels, config.sample_size, config.sample_size
-
-    @functools.cached_property
-    def vae(self):
-        """The AutoencoderKL, frozen; in bf16 under fp16."""
-        from diffusers import AutoencoderKL
-
-        dtype = torch.bfloat16 if self.config.mixed_precision == "fp16" else None
-        return load_frozen(AutoencoderKL, self.config, "vae", dtype)
 
     @functools.cached_property
     def _text(self):
@@ -99,10 +84,6 @@ class StableDiffusion3:
         """The transformer's output (B, C, H, W) in its precision, to which inputs are cast."""
         given = {name: tensor.to(denoiser.dtype) for name, tensor in cond.items()}
         return denoiser(latents.to(denoiser.dtype), timestep=time, **given).sample
-
-    def predict(self, denoiser, latents, time, cond, negative, guidance):
-        """The guided output, float32 (B, C, H, W)."""
-        return guided(functools.partial(self.call, denoiser), latents, time, cond, negative, guidance)
 
     def kernel(self, steps, sample):
         """The flow's kernel with the pipeline's own σ's over so many steps, on the run's device; sample: config.sample.

@@ -86,6 +86,9 @@ def _check_numbers(config):
         value = _get(config, field)
         _require(math.isfinite(value) and value > 0, field, value, "must be a finite number above 0")
     _require(config.sample.eta <= 1, "sample.eta", config.sample.eta, "must be at most 1")
+    level, sampler = config.sample.noise_level, config.sample.sampler
+    _require(level <= 1 or sampler != "cps", "sample.noise_level", level,
+             f"must be at most 1 with config.sample.sampler={sampler}")  # fmt: skip
     _require(config.keep.optimiser != 1, "keep.optimiser", 1, "must be 0 or at least 2, or no stage could be repeated")
 
 
