@@ -66,6 +66,7 @@ class DDIM:
 
     scheduler: object  # a DDIMScheduler after set_timesteps(T)
     eta: float
+    random_from: int = 0  # the first step with noise; those before it are the ODE's
 
     @property
     def initial_sigma(self):
@@ -78,7 +79,8 @@ class DDIM:
 
     def transition(self, prediction, step, latents):
         """Mean (B, C, H, W) and σ (B, 1, 1, 1), float32, of the steps (B,) from latents with their predictions."""
-        return transition(self.scheduler, prediction, self.time(step), latents, self.eta)
+        eta = self.eta * (step >= self.random_from).to(latents.device).view(-1, 1, 1, 1)
+        return transition(self.scheduler, prediction, self.time(step), latents, eta)
 
     def gain(self, step):
         """By how many standard deviations σ a unit change of the model's output moves the mean, at a step: a number."""

@@ -57,6 +57,7 @@ class Flow:
     scheduler: object  # a FlowMatchEulerDiscreteScheduler after set_timesteps(T); its σ's are sampling's and training's
     noise_level: float
     sampler: str
+    random_from: int = 0  # the first step with noise; those before it are the ODE's, as the last one is
     initial_sigma = 1.0
 
     def time(self, step):
@@ -68,8 +69,8 @@ class Flow:
         sigmas = self.scheduler.sigmas
         given = prediction, latents, sigmas[step], sigmas[step + 1]
         mean, std = transition(*given, self.noise_level, self.sampler)
-        last = _over(step == len(sigmas) - 2, latents)
-        return mean.where(last == 0, transition(*given, 0.0, self.sampler)[0]), std * (1 - last)
+        ode = _over((step == len(sigmas) - 2) | (step < self.random_from), latents)
+        return mean.where(ode == 0, transition(*given, 0.0, self.sampler)[0]), std * (1 - ode)
 
     def gain(self, step):
         """By how many standard deviations a unit change of the velocity moves the mean, at a step: a number."""

@@ -1,7 +1,9 @@
 """What a run computes with, each part loaded when it is first used, and then kept."""
 
 import contextlib
+import copy
 import ctypes
+import dataclasses
 import functools
 import platform
 
@@ -37,6 +39,19 @@ class Models:
         from .rewards import load_reward
 
         return load_reward(self.config, device())
+
+    def evaluating(self):
+        """The same models, by the settings of config.evaluate where they say otherwise than config.sample."""
+        config, own = self.config.copy_and_resolve_references(), self.config.evaluate
+        for name in ("num_steps", "guidance_scale", "resolution"):
+            config.sample[name] = own[name] or config.sample[name]
+        self.family.denoiser, self.family.vae  # noqa: B018 - what is loaded now, the copy shares
+        other, family = copy.copy(self), copy.copy(self.family)
+        other.config = family.config = config
+        other.family, other.kernel = family, family.kernel(config.sample.num_steps, config.sample)
+        if own.ode:
+            other.kernel = dataclasses.replace(other.kernel, random_from=config.sample.num_steps)
+        return other
 
     def policy(self, checkpoint=None, negative=None):
         """The denoising Policy, with a checkpoint folder's LoRA where one is given, else the base model's.

@@ -37,6 +37,7 @@ def sdv1_4():
     config.pretrained = ml_collections.ConfigDict()
     config.pretrained.model = "CompVis/stable-diffusion-v1-4"  # a hub id or a local pipeline folder
     config.pretrained.revision = ""  # of the hub id; "": SD v1.4's known commit (families/loading.py), main of others
+    config.pretrained.max_sequence_length = 256  # tokens of a prompt that T5 sees (SD3's pipeline: 256, FLUX's: 512)
 
     config.prompts = ml_collections.ConfigDict()
     config.prompts.train = "prompts/template1_train.json"  # JSON array of strings [prompt_file]
@@ -57,6 +58,8 @@ def sdv1_4():
     config.sample.eta = 1.0  # DDIM's stochasticity; must be above 0
     config.sample.sampler = "cps"  # of flow models: cps | flow_sde | dance_sde, see flow.py
     config.sample.noise_level = 0.7  # of flow models, the sampler's stochasticity; must be above 0
+    config.sample.prefix = "sde"  # the steps before the interval: sde (as the interval's) | ode (no noise)
+    config.sample.resolution = 0  # side of the pictures in pixels; 0: the model's own
     config.sample.groups = 256  # branch groups per stage [num_batches_per_epoch 32 x batch_size 8]
     config.sample.branches = 5  # branches per group, K [split_time]
     config.sample.batch_size = 32  # states per UNet call; changes speed and memory, not results
@@ -116,6 +119,10 @@ def sdv1_4():
 
     config.evaluate = ml_collections.ConfigDict()
     config.evaluate.images_per_prompt = 4  # for the before/after table at the end of a run
+    config.evaluate.num_steps = 0  # denoising steps; of this and the next two, 0: as in sampling
+    config.evaluate.guidance_scale = 0.0  # guidance weight
+    config.evaluate.resolution = 0  # side of the pictures in pixels
+    config.evaluate.ode = False  # denoise without noise, as most people use the model afterwards
     config.evaluate.seed = 1_000_000  # of the fixed evaluation noise; training uses none of it
     config.evaluate.lpips = True  # also LPIPS within prompts; torchvision downloads AlexNet for it
     config.evaluate.inception_score = True  # also the Inception Score; torch-fidelity downloads its network

@@ -1,13 +1,16 @@
 """Every family on tiny random models of its real classes: a stage end to end, and against the stock pipeline."""
 
 import dataclasses
+import gc
 import json
 import math
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import tiny
+import tiny_flux
 import tiny_sd3
 import tiny_sdxl
 import torch
@@ -18,6 +21,7 @@ from b2diffurl.errors import UserError
 from b2diffurl.evaluate import before_after
 from b2diffurl.families import lora
 from b2diffurl.models import Models
+from b2diffurl.noise import stream_noise
 from b2diffurl.plan import stage_plan
 from b2diffurl.rollout import assemble, denoise, sample
 from b2diffurl.run import metrics
@@ -26,6 +30,7 @@ from b2diffurl.run.folder import Run
 from b2diffurl.stages import sample as sample_step
 from b2diffurl.stages import train
 from b2diffurl.stages.loop import run_stage
+from b2diffurl.update import Learner, accumulate, build_optimizer
 
 STAGE = (
     "exp_name=t", "sample.groups=3", "sample.branches=3", "sample.num_steps=4", "schedule.stage_count=2",
@@ -34,22 +39,24 @@ STAGE = (
 )  # fmt: skip
 
 
-KINDS = {  # -> how its folder is written, settings, what a random call of its denoiser takes
-    "sdxl": (tiny_sdxl.write, {}, (), {"text_embeds": (1, 32), "time_ids": (1, 6)}),
-    "sdxl with v-prediction": (tiny_sdxl.write, {"prediction_type": "v_prediction"}, (),
-                               {"text_embeds": (1, 32), "time_ids": (1, 6)}),
-    "sd3": (tiny_sd3.write, {"t5": False}, ("schedule.untrained=1",), {"pooled_projections": (1, 64)}),
-    "sd3.5 with t5": (tiny_sd3.write, {"t5": True}, ("schedule.untrained=1",), {"pooled_projections": (1, 64)}),
-}  # fmt: skip
+FLOW = ("schedule.untrained=1",)
+KINDS = {  # -> how its folder is written, with which options, and settings
+    "sdxl": (tiny_sdxl.write, {}, ()),
+    "sdxl with v-prediction": (tiny_sdxl.write, {"prediction_type": "v_prediction"}, ()),
+    "sd3": (tiny_sd3.write, {"with_t5": False}, FLOW),
+    "sd3.5 with t5": (tiny_sd3.write, {"with_t5": True}, FLOW),
+    "flux": (tiny_flux.write, {}, (*FLOW, "sample.resolution=16", "pretrained.max_sequence_length=8")),
+}
 
 
 class Kind:
     """A tiny pipeline's folder, and what its family needs."""
 
     def __init__(self, name, folder):
-        write, options, self.settings, self.pooled = KINDS[name]
-        self.flow = self.settings != ()
+        write, options, self.settings = KINDS[name]
+        self.flow, self.flux = self.settings != (), name == "flux"
         self.pipeline = write(folder, **options)
+        self.family = Models(self.configure()).family
 
     def configure(self, *settings):
         return configure(self.pipeline, *self.settings, *settings)
@@ -59,7 +66,7 @@ class Kind:
         from diffusers import DiffusionPipeline
 
         options = {} if self.flow else {"add_watermarker": False}
-        if self.flow and not (self.pipeline / "text_encoder_3").exists():
+        if self.flow and not self.flux and not (self.pipeline / "text_encoder_3").exists():
             options = {"text_encoder_3": None, "tokenizer_3": None}
         found = DiffusionPipeline.from_pretrained(self.pipeline, local_files_only=True, **options)
         found.set_progress_bar_config(disable=True)
@@ -68,11 +75,10 @@ class Kind:
     def call(self, denoiser):
         """The denoiser's output for fixed random numbers."""
         generator = torch.Generator().manual_seed(0)
-        x, hidden = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 77, 64, generator=generator)
-        pooled = {name: torch.randn(*shape, generator=generator) for name, shape in self.pooled.items()}
-        given = pooled if self.flow else {"added_cond_kwargs": pooled}
+        x = torch.randn(1, *self.family.latent_shape, generator=generator)
+        cond = {name: torch.randn(1, *shape, generator=generator) for name, shape in self.family.text_shapes().items()}
         with torch.no_grad():
-            return denoiser(x, timestep=torch.tensor([500]), encoder_hidden_states=hidden, **given).sample
+            return self.family.call(denoiser, x, torch.tensor([500]), cond)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -86,21 +92,39 @@ def configure(pipeline, *settings):
 
 
 def test_embeddings_are_the_stock_pipelines(kind):
-    family = Models(kind.configure()).family
-    prompts = ["a red circle", "a cat riding a bike"]
+    family, prompts = Models(kind.configure()).family, ["a red circle", "a cat riding a bike"]
     ours, negative = family.embed(prompts), family.embed([""])
-    prompted = {} if not kind.flow else {"prompt_2": None, "prompt_3": None}
-    hidden, empty, pooled, empty_pooled = kind.stock().encode_prompt(
-        prompts, num_images_per_prompt=1, do_classifier_free_guidance=True, **prompted
-    )
-    name = next(iter(kind.pooled))
+    if kind.flux:
+        hidden, pooled, _ = kind.stock().encode_prompt(prompts, None, max_sequence_length=8)
+    else:
+        prompted = {"prompt_2": None, "prompt_3": None} if kind.flow else {}
+        hidden, empty, pooled, empty_pooled = kind.stock().encode_prompt(
+            prompts, num_images_per_prompt=1, do_classifier_free_guidance=True, **prompted
+        )
+        torch.testing.assert_close(negative["encoder_hidden_states"], empty[:1])
+    (_, width), (name, _) = family.text_shapes()["encoder_hidden_states"], [*family.text_shapes().items()][1]
     torch.testing.assert_close(ours["encoder_hidden_states"], hidden)
     torch.testing.assert_close(ours[name], pooled)
-    torch.testing.assert_close(negative["encoder_hidden_states"], empty[:1])
-    torch.testing.assert_close(negative[name], empty_pooled[:1])
+    assert hidden.shape[-1] == width
+    if not kind.flux:
+        torch.testing.assert_close(negative[name], empty_pooled[:1])
     if not kind.flow:
         assert not negative[name].any()  # zeros, and not the embedding of ""
         assert ours["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+
+
+def test_encoders_are_let_go_after_one_loading(kind, monkeypatch):
+    """All of the run's prompts are embedded at once; later ones cost no loading."""
+    family, loaded = Models(kind.configure()).family, []
+    load = family._encoders
+    monkeypatch.setattr(family, "_encoders", lambda: loaded.append(load()) or [*loaded[-1]])
+    family.embed(["a red circle"])
+    alive = [weakref.ref(own[1]) for own in loaded[0] if own]
+    loaded[0] = None
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * len(alive)
+    family.embed(["", "a blue square", "a yellow square"])
+    assert len(loaded) == 1
 
 
 def test_a_stage_of_one_prompt_can_be_stored(kind, elsewhere):
@@ -108,9 +132,7 @@ def test_a_stage_of_one_prompt_can_be_stored(kind, elsewhere):
     config = kind.configure(f"save_path={elsewhere}", "sample.groups=1")
     sample_step.main(config)
     stored = load_file(elsewhere / "t/stage0/samples.safetensors")
-    assert {name for name in stored if name.startswith("cond.")} == {
-        f"cond.{name}" for name in ("encoder_hidden_states", *kind.pooled)
-    }
+    assert {name for name in stored if name.startswith("cond.")} == {f"cond.{name}" for name in kind.family.embed([""])}
 
 
 def test_pictures_are_the_stock_pipelines(kind):
@@ -131,7 +153,11 @@ def test_pictures_are_the_stock_pipelines(kind):
         pipe.scheduler.step = with_noise
     states, _ = denoise(policy, policy.initial(noise[:, 0]), cond, noise[:, 1:], range(4))
     ours = loaded.family.decode(states[-1])[0].numpy().astype(int)
-    theirs = pipe(prompt, num_inference_steps=4, guidance_scale=5.0, latents=noise[:, 0], **options).images[0]
+    start = noise[:, 0]
+    if kind.flux:
+        start = pipe._pack_latents(start, 1, *kind.family.latent_shape)
+        options = {"height": 16, "width": 16, "max_sequence_length": 8}
+    theirs = pipe(prompt, num_inference_steps=4, guidance_scale=5.0, latents=start, **options).images[0]
     assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 3
     assert ours.std() > 1
 
@@ -203,10 +229,6 @@ def test_a_flow_model_whose_last_step_would_be_trained_is_refused(tmp_path):
     own = Kind("sd3", tmp_path)
     with pytest.raises(UserError, match=r"config\.schedule\.untrained=0: the last step of a flow model has no density"):
         Models(configure(own.pipeline)).family  # noqa: B018
-    path = own.pipeline / "scheduler/scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dynamic_shifting": True}))
-    with pytest.raises(UserError, match="use_dynamic_shifting"):
-        Models(own.configure()).kernel  # noqa: B018
 
 
 def test_a_stable_diffusion_2_with_v_prediction_runs_a_stage(tmp_path, elsewhere):
@@ -223,3 +245,110 @@ def test_a_stable_diffusion_2_with_v_prediction_runs_a_stage(tmp_path, elsewhere
     (line,) = [line for line in metrics.read(elsewhere / "t/metrics.jsonl") if line["step"] == "train"]
     assert line["policy/ratio_first"] == pytest.approx(1, abs=1e-3)
     assert line["train/lora_change"] > 0
+
+
+def test_a_familys_gradient_is_that_of_the_one_by_one_loop(kind, tmp_path):
+    """Of ddpo_is before any clip, mean over transitions of -A ρ, each transition by itself."""
+    loaded = Models(kind.configure("train.batch_size=5", "train.log_prob=mean", "train.clip_range=9"))
+    random_weights.write_lora(loaded, tmp_path)
+    _, experience = densities.sampled(loaded, tmp_path, images=3, steps=3)
+    policy, parameters = loaded.trainable(tmp_path)
+    policy.kernel = loaded.family.kernel(3 + loaded.family.untrained, loaded.config.sample)
+    forest, total = experience.rollout, 0.0
+    for row in range(len(forest.step)):
+        x, following = forest.states[forest.before[row]][None], forest.states[forest.after[row]][None]
+        mean, std = policy.transition(x, forest.step[row : row + 1], experience.cond)
+        log_prob = torch.distributions.Normal(mean, std).log_prob(following).mean()
+        total = total - experience.advantage[row] * (log_prob - forest.log_prob[row]).exp()
+    wanted = torch.autograd.grad(total / len(forest.step), [*parameters.values()])
+    learner, generator = Learner(policy, build_optimizer(loaded.config.train, parameters)), torch.Generator()
+    accumulate(learner, experience, torch.arange(3), loaded.config.train, generator)
+    largest = max(gradient.abs().max() for gradient in wanted)
+    assert largest > 0
+    for parameter, gradient in zip(parameters.values(), wanted, strict=True):
+        assert (parameter.grad - gradient).abs().max() < 1e-3 * largest
+
+
+def test_steps_before_the_interval_can_be_the_odes(kind):
+    kernel = Models(kind.configure()).kernel
+    ode = {"noise_level": 0.0} if kind.flow else {"eta": 0.0}
+    x, v = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    step = torch.arange(4)
+    mean, std = dataclasses.replace(kernel, random_from=2).transition(v, step, x)
+    plain, plain_std = kernel.transition(v, step, x)
+    without, _ = dataclasses.replace(kernel, **ode).transition(v, step, x)
+    assert not std[:2].any()
+    assert torch.equal(std[2:], plain_std[2:])
+    assert torch.equal(torch.cat([without[:2], plain[2:]]), mean)
+    assert not torch.equal(without[:2], plain[:2])
+
+
+def test_the_prefix_of_a_stage_is_the_odes_where_it_is_set(kind, elsewhere):
+    """Then what the branches start from is what the base model's ODE makes of x_T."""
+    config = kind.configure(f"save_path={elsewhere}", "sample.groups=1", "sample.prefix=ode")
+    loaded, stored = Models(config), {}
+    sample_step.main(config, loaded=loaded)
+    stored = load_file(elsewhere / "t/stage0/samples.safetensors")
+    policy, plan = loaded.policy(), stage_plan(config)
+    (row,) = {row["prompt"] for row in json.loads((elsewhere / "t/stage0/samples.json").read_text())}
+    noise = stream_noise(plan.seeds(config.seed, 0, [0])[0][0], 1 + plan.start, loaded.family.latent_shape)
+    policy.kernel = dataclasses.replace(policy.kernel, random_from=9)
+    states, _ = denoise(
+        policy, policy.initial(noise[:1]), loaded.family.embed([row]), noise[None, 1:], range(plan.start)
+    )
+    torch.testing.assert_close(stored["states"][0], states[-1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_evaluation_has_steps_guidance_and_noise_of_its_own(kind, elsewhere):
+    side = 16 if kind.flow and not kind.flux else 32  # SD3's positions end there
+    config = kind.configure(
+        f"save_path={elsewhere}", "sample.groups=1", "evaluate.num_steps=2", "evaluate.guidance_scale=3.5",
+        f"evaluate.resolution={side}", "evaluate.ode=True",
+    )  # fmt: skip
+    loaded = Models(config)
+    other = loaded.evaluating()
+    assert other.family.denoiser is loaded.family.denoiser
+    assert other.family.vae is loaded.family.vae
+    images = before_after.generate(other, {"own": ["a red circle"]}, None, "before")["own"]
+    assert images[0].size == (side, side)
+    policy = other.policy()
+    assert (policy.guidance, policy.kernel.random_from, len(policy.kernel.scheduler.timesteps)) == (3.5, 2, 2)
+    assert loaded.policy().guidance == 5.0
+    assert len(loaded.kernel.scheduler.timesteps) == 4
+    cond = other.family.embed(["a red circle"])
+    if not kind.flow:
+        assert cond["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
+    noise = torch.randn(2, 3, *other.family.latent_shape, generator=torch.Generator().manual_seed(0))
+    noise[1, 0] = noise[0, 0]  # one x_T, other noise after it
+    cond = {name: tensor.repeat(2, *[1] * (tensor.ndim - 1)) for name, tensor in cond.items()}
+    states, _ = denoise(policy, policy.initial(noise[:, 0]), cond, noise[:, 1:], range(2))
+    torch.testing.assert_close(states[-1][0], states[-1][1])
+
+
+def test_a_shift_by_the_pictures_size_is_the_stock_pipelines(tmp_path):
+    own = Kind("sd3", tmp_path)
+    path = own.pipeline / "scheduler/scheduler_config.json"
+    settings = {name: value for name, value in json.loads(path.read_text()).items() if name != "max_shift"}
+    path.write_text(json.dumps({**settings, "use_dynamic_shifting": True}))
+    pipe, plain = own.stock(), own.family.kernel(4, own.configure().sample).scheduler.sigmas
+    pipe("a red circle", num_inference_steps=4)
+    torch.testing.assert_close(plain.cpu(), pipe.scheduler.sigmas)
+
+
+@pytest.mark.parametrize(("name", "resolution", "said"), [
+    ("sdxl", 30, "a multiple of 4 pixels; 0 is its own"), ("sd3", 32, "a multiple of 2 pixels, at most 16"),
+    ("sd3", 15, "a multiple of 2 pixels"), ("flux", 18, "a multiple of 4 pixels"),
+])  # fmt: skip
+def test_a_resolution_that_the_model_does_not_allow_is_refused(name, resolution, said, tmp_path):
+    own = Kind(name, tmp_path)
+    with pytest.raises(UserError, match=rf"config\.sample\.resolution={resolution}: .*{said}"):
+        Models(own.configure(f"sample.resolution={resolution}")).family  # noqa: B018
+
+
+def test_models_distilled_for_few_steps_are_refused(tmp_path):
+    schnell = tiny_flux.write(tmp_path, guidance_embeds=False)
+    with pytest.raises(UserError, match="was distilled for few steps"):
+        Models(configure(schnell, *KINDS["flux"][2])).family  # noqa: B018
+    named = schnell.rename(tmp_path / "sdxl-turbo")
+    with pytest.raises(UserError, match="sdxl-turbo' was distilled for few steps"):
+        Models(configure(named, *KINDS["flux"][2])).family  # noqa: B018

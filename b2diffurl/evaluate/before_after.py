@@ -59,8 +59,10 @@ def main(config, checkpoint, out, prompts="", loaded=None):
             measures.extend([clip, Quality(config, processes.device())])
 
     processes.agree(load)
+    loaded.family.embed([prompt for own in lists.values() for prompt in own])  # before the denoiser is there
+    evaluated = loaded.evaluating()
     for model, folder in (("before", None), ("after", checkpoint)):
-        images = generate(config, loaded, lists, folder, model)
+        images = generate(evaluated, lists, folder, model)
         if first:
             clip, quality = measures
             with loaded.scoring() as reward:
@@ -91,7 +93,7 @@ def _settings(config, checkpoint, lists):
 
 
 @torch.no_grad()
-def generate(config, loaded, lists, checkpoint, label):
+def generate(loaded, lists, checkpoint, label):
     """{list name: PIL images, evaluate.images_per_prompt per prompt}, by the base model or with a checkpoint's LoRA.
 
     All processes sample a share, and all have all images.
@@ -100,6 +102,7 @@ def generate(config, loaded, lists, checkpoint, label):
     """
     from tqdm import tqdm
 
+    config = loaded.config
     names, count = list(lists), config.evaluate.images_per_prompt
     distinct = list(dict.fromkeys(p for name in names for p in lists[name]))
     embeds, policy = loaded.family.embed(distinct), loaded.policy(checkpoint)

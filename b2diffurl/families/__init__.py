@@ -1,6 +1,7 @@
 """Model families: the only room that knows diffusers' denoisers and PEFT."""
 
 import importlib
+import pathlib
 import typing
 
 from ..errors import UserError
@@ -10,7 +11,9 @@ FAMILIES = {  # by how a pipeline's _class_name in model_index.json begins; the 
     "StableDiffusionXL": "sdxl.StableDiffusionXL",
     "StableDiffusion3": "sd3.StableDiffusion3",
     "StableDiffusion": "sd.StableDiffusion",
+    "Flux": "flux.Flux",
 }
+DISTILLED = ("schnell", "turbo", "lightning", "hyper", "lcm")  # for one to eight steps; parts of such models' names
 
 
 class Family(typing.Protocol):
@@ -19,7 +22,7 @@ class Family(typing.Protocol):
     evaluations: int  # of the denoiser for a guided prediction
     lora_targets: tuple  # names of the layers that get a LoRA
     denoiser: object  # the network that is trained, frozen but for a LoRA
-    latent_shape: tuple
+    latent_shape: tuple  # (C, H, W)
     untrained: int  # last steps that have no density
 
     def embed(self, prompts): ...  # -> Conditioning (P, ...) on the CPU
@@ -39,5 +42,14 @@ def load_family(config):
         raise UserError(
             f"config.pretrained.model={config.pretrained.model!r} is a {kind}: the families here are {known}"
         )
+    own = pathlib.Path(config.pretrained.model).name.lower()
+    if any(word in own.replace("_", "-").split("-") for word in DISTILLED):
+        raise UserError(
+            f"config.pretrained.model={config.pretrained.model!r} was distilled for few steps, and has no use for many "
+            "random ones: take the model that it was made from"
+        )
     module, _, name = chosen.partition(".")
-    return getattr(importlib.import_module(f".{module}", __name__), name)(config)
+    family = getattr(importlib.import_module(f".{module}", __name__), name)(config)
+    if config.sample.resolution:
+        family.latent_shape  # noqa: B018 - one that cannot be is refused before anything is loaded
+    return family

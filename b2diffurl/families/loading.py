@@ -45,12 +45,23 @@ def model_index(config):
 
 def load(loader, config, subfolder, **options):
     """loader.from_pretrained of a subfolder of config.pretrained.model. Raises UserError where it does not load."""
+    return _read(loader.from_pretrained, config, subfolder, **options)
+
+
+def load_geometry(loader, config, subfolder):
+    """A network without its numbers, on the meta device: its configuration and its sizes, at once and for no memory."""
+    settings = _read(loader.load_config, config, subfolder)
+    with torch.device("meta"):
+        return loader.from_config(settings)
+
+
+def _read(reader, config, subfolder, **options):
     from safetensors import SafetensorError
 
     model = config.pretrained.model
     where = {} if pathlib.Path(model).is_dir() else {"revision": revision(config)}
     try:
-        return loader.from_pretrained(model, subfolder=subfolder, **where, **options)
+        return reader(model, subfolder=subfolder, **where, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"config.pretrained.model={model!r}: its {subfolder} does not load: {reason}") from None

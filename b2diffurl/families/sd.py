@@ -7,34 +7,72 @@ import torch
 from ..ddim import DDIM
 from ..errors import UserError
 from ..guidance import guided
+from ..run.config import read_prompts
 from ..run.processes import device
-from .loading import load, load_frozen
+from .loading import load, load_frozen, load_geometry
 
 DECODED_LATENT_PIXELS = 8 * 64 * 64  # latent pixels that the VAE decodes at once: eight 512x512 pictures
 
 
 class StableDiffusion:
-    """The parts of a StableDiffusionPipeline, each loaded when it is first used, and then kept."""
+    """The parts of a StableDiffusionPipeline, each loaded when it is first used, and all kept but the encoders."""
 
     untrained = 0  # last steps that have no density
     evaluations = 2  # of the denoiser for a prediction: guidance has two halves
+    component = "unet"  # the denoiser's name in the pipeline
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
 
     def __init__(self, config):
         self.config, self._embeds = config, {}
 
-    @functools.cached_property
-    def denoiser(self):
-        """The UNet2DConditionModel, frozen, in the run's precision, on the run's device."""
+    @staticmethod
+    def _denoiser_class():
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-        return load_frozen(UNet2DConditionModel, self.config, "unet")
+        return UNet2DConditionModel
+
+    @functools.cached_property
+    def denoiser(self):
+        """The network that is trained, frozen, in the run's precision, on the run's device."""
+        return load_frozen(self._denoiser_class(), self.config, self.component)
+
+    @functools.cached_property
+    def geometry(self):
+        """The denoiser without its numbers, on the meta device: what can be known before it is loaded."""
+        return load_geometry(self._denoiser_class(), self.config, self.component)
 
     @property
     def latent_shape(self):
-        """(C, H, W)."""
-        config = self.denoiser.config
-        return config.in_channels, config.sample_size, config.sample_size
+        """(C, H, W). Raises UserError for a config.sample.resolution that the model does not allow."""
+        own = self.geometry.config
+        side = self._side(own.sample_size, 2 ** (len(own.block_out_channels) - 1))
+        return own.in_channels, side, side
+
+    @property
+    def resolution(self):
+        """Side of the pictures, in pixels."""
+        return self.latent_shape[-1] * self._pixels
+
+    @functools.cached_property
+    def _pixels(self):
+        """Pixels per latent pixel, along a side."""
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        return 2 ** (len(load_geometry(AutoencoderKL, self.config, "vae").config.block_out_channels) - 1)
+
+    def _side(self, default, multiple, most=None):
+        """The latents' side for config.sample.resolution; it must be a multiple of `multiple`, `most` at most."""
+        resolution = self.config.sample.resolution
+        if not resolution:
+            return default
+        side, rest = divmod(resolution, self._pixels)
+        if rest or side % multiple or (most and side > most):
+            limit = f", at most {most * self._pixels}" if most else ""
+            raise UserError(
+                f"config.sample.resolution={resolution}: this model's pictures have sides of a multiple of "
+                f"{multiple * self._pixels} pixels{limit}; 0 is its own"
+            )
+        return side
 
     @functools.cached_property
     def vae(self):
@@ -44,26 +82,40 @@ class StableDiffusion:
         dtype = torch.bfloat16 if self.config.mixed_precision == "fp16" else None
         return load_frozen(AutoencoderKL, self.config, "vae", dtype)
 
-    @functools.cached_property
-    def _text(self):
+    def _encoders(self):
+        """[(tokenizer, encoder)], loaded."""
         from transformers import CLIPTextModel, CLIPTokenizer
-        from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()
-        return load(CLIPTokenizer, self.config, "tokenizer"), load_frozen(CLIPTextModel, self.config, "text_encoder")
+        return [load_text(self.config, "", CLIPTokenizer, CLIPTextModel)]
+
+    def _encode(self, encoders, prompt):
+        """A prompt's Conditioning, without the batch's dimension."""
+        ((tokenizer, encoder),) = encoders
+        return {"encoder_hidden_states": encode(tokenizer, encoder, prompt).last_hidden_state[0]}
 
     @torch.no_grad()
     def embed(self, prompts):
         """Prompts -> their Conditioning (P, ...) on the CPU, in the run's precision.
 
-        One by one and once each, so that a prompt's embedding does not depend on the others.
+        One by one and once each, so that a prompt's embedding does not depend on the others. All of the run's are
+        embedded at once, and the encoders let go, so that they are never on a GPU together with the denoiser.
         """
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._embeds:
-                tokenizer, encoder = self._text
-                ids = tokenizer([prompt], padding="max_length", truncation=True, return_tensors="pt").input_ids
-                self._embeds[prompt] = encoder(ids.to(encoder.device)).last_hidden_state[0].cpu()
-        return {"encoder_hidden_states": torch.stack([self._embeds[prompt] for prompt in prompts])}
+        if any(prompt not in self._embeds for prompt in prompts):
+            lists = (read_prompts(path) for path in (self.config.prompts.train, self.config.prompts.test))
+            encoders = self._encoders()
+            for prompt in dict.fromkeys(["", *prompts, *(prompt for own in lists for prompt in own)]):
+                if prompt not in self._embeds:
+                    own = self._encode(encoders, prompt)
+                    self._embeds[prompt] = {name: tensor.cpu() for name, tensor in own.items()}
+            del encoders
+            if device().type == "cuda":
+                torch.cuda.empty_cache()
+        rows = [self._embeds[prompt] for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def text_shapes(self):
+        """The shapes of one prompt's Conditioning, known before anything is loaded."""
+        return {"encoder_hidden_states": (77, self.geometry.config.cross_attention_dim)}
 
     def call(self, denoiser, latents, time, cond):
         """The UNet's output (B, C, H, W) in its precision, to which inputs are cast."""
@@ -111,3 +163,17 @@ class StableDiffusion:
             for few in latents.split(at_once)
         ]
         return torch.cat(pictures)
+
+
+def load_text(config, number, tokenizer, encoder):
+    """(tokenizer, encoder) of a pipeline, loaded by the two classes; number: "", "_2" or "_3"."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return load(tokenizer, config, f"tokenizer{number}"), load_frozen(encoder, config, f"text_encoder{number}")
+
+
+def encode(tokenizer, encoder, prompt, max_length=None, **options):
+    """What an encoder says of a prompt, filled up to max_length tokens, the tokenizer's own unless given."""
+    ids = tokenizer([prompt], padding="max_length", max_length=max_length, truncation=True, return_tensors="pt")
+    return encoder(ids.input_ids.to(encoder.device), **options)

@@ -19,6 +19,7 @@ CHOICES = {
     "log_with": ("", "wandb"),
     "schedule.kind": KINDS,
     "sample.sampler": SAMPLERS,
+    "sample.prefix": ("sde", "ode"),
     "select.credit": ("", *RULES),
     "train.algorithm": tuple(ALGORITHMS),
     "train.log_prob": ("mean", "sum"),
@@ -30,7 +31,8 @@ AT_LEAST = {
     "sample.branches": 1, "sample.batch_size": 1, "reward.batch_size": 1, "select.history": 0, "train.batch_size": 1,
     "train.kl_weight": 0, "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.value_epochs": 1,
     "train.lora_rank": 1, "train.target_kl": 0, "evaluate.images_per_prompt": 1, "keep.images": 0,
-    "keep.trajectories": 0, "keep.optimiser": 0,
+    "keep.trajectories": 0, "keep.optimiser": 0, "sample.resolution": 0, "pretrained.max_sequence_length": 0,
+    "evaluate.num_steps": 0, "evaluate.resolution": 0,
 }  # fmt: skip
 ABOVE_0 = (
     "sample.eta", "sample.noise_level", "train.learning_rate", "train.clip_range", "train.max_grad_norm",
@@ -38,7 +40,7 @@ ABOVE_0 = (
 )  # fmt: skip
 FINITE = (
     "sample.guidance_scale", "select.pos_threshold", "select.neg_threshold", "train.positive_weight",
-    "train.negative_weight", "train.kl_weight", "train.target_kl",
+    "train.negative_weight", "train.kl_weight", "train.target_kl", "evaluate.guidance_scale",
 )  # fmt: skip
 REWARDS = (
     "clip", "bertscore", "aesthetic", "pickscore", "hpsv2", "jpeg_compressibility", "jpeg_incompressibility",

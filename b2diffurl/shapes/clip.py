@@ -157,10 +157,13 @@ def swap_accuracy(folder, template, n, seed):
     return ((image * true).sum(1) > (image * false).sum(1)).float().mean().item()
 
 
-def text_encoder(clip_folder):
-    """The reward's text tower as a transformers CLIPTextModel with equal outputs (last hidden state after the norm)."""
+def text_encoder(clip_folder, projection=False):
+    """The reward's text tower as a transformers CLIPTextModel with equal outputs (last hidden state after the norm).
+
+    projection: as a CLIPTextModelWithProjection, whose text_embeds are the reward's own.
+    """
     import open_clip
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     clip = open_clip.create_model(f"local-dir:{clip_folder}").eval()
     vocab_size = clip.token_embedding.num_embeddings
@@ -178,7 +181,7 @@ def text_encoder(clip_folder):
         eos_token_id=vocab_size - 1,
         pad_token_id=vocab_size - 1,
     )
-    model = CLIPTextModel(config).eval()
+    model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
     weights = {
         "embeddings.token_embedding.weight": clip.token_embedding.weight,
         "embeddings.position_embedding.weight": clip.positional_embedding,
@@ -196,5 +199,8 @@ def text_encoder(clip_folder):
             weights[f"{to}layer_norm2.{kind}"] = getattr(layer.ln_2, kind)
             weights[f"{to}mlp.fc1.{kind}"] = getattr(layer.mlp.c_fc, kind)
             weights[f"{to}mlp.fc2.{kind}"] = getattr(layer.mlp.c_proj, kind)
+    if projection:
+        weights = {f"text_model.{name}": value for name, value in weights.items()}
+        weights["text_projection.weight"] = clip.text_projection.T
     model.load_state_dict({name: value.detach().clone() for name, value in weights.items()})
     return model

@@ -61,7 +61,7 @@ def embed_captions(text_encoder, tokenizer, captions):
 
 
 @torch.no_grad()
-def _dataset(vae, rng, progress):
+def dataset(vae, rng, progress):
     """Scaled latents (N, 4, 8, 8) of random scenes, and per scene the index of its (sometimes wrong) caption."""
     captions = [c for t in TEMPLATES for c in all_captions(t)]
     index = {c: i for i, c in enumerate(captions)}
@@ -79,42 +79,53 @@ def train(vae, text_encoder, tokenizer, seed, progress):
     """Train the UNet from scratch on noisy captions; returns the exponential moving average of its weights."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    latents, labels, captions = _dataset(vae, rng, progress)
+    latents, labels, captions = dataset(vae, rng, progress)
     embeddings = embed_captions(text_encoder, tokenizer, [*captions, ""])
     unet, scheduler = build_unet(embeddings.shape[-1]), build_scheduler()
-    average = copy.deepcopy(unet).requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.03)
-    for step in progress(range(STEPS), "diffusion UNet"):
-        chosen = torch.randint(len(latents), (BATCH,))
+
+    def loss(chosen):
         label = labels[chosen].masked_fill(torch.rand(BATCH) < CAPTION_DROPOUT, len(captions))
         noise, timesteps = torch.randn(BATCH, *latents.shape[1:]), torch.randint(1000, (BATCH,))
         noisy = scheduler.add_noise(latents[chosen], noise, timesteps)
-        loss = F.mse_loss(unet(noisy, timesteps, embeddings[label]).sample, noise)
+        return F.mse_loss(unet(noisy, timesteps, embeddings[label]).sample, noise)
+
+    draw = lambda: loss(torch.randint(len(latents), (BATCH,)))  # noqa: E731
+    return fit(unet, draw, STEPS, LEARNING_RATE, progress(range(STEPS), "diffusion UNet"))
+
+
+def fit(network, loss, steps, learning_rate, counter):
+    """So many steps of AdamW on loss(); returns the exponential moving average of the network's weights."""
+    average = copy.deepcopy(network).requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.03)
+    for step in counter:
         optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
     return average.eval()
 
 
 @torch.no_grad()
-def base_alignment(pipeline, prompts, images_per_prompt, seed, guidance_scale=5.0):
-    """(share of generated pictures the oracle accepts, pictures (N, 3, 32, 32) in [0, 1], their prompts)."""
+def base_alignment(pipeline, prompts, images_per_prompt, seed, **options):
+    """(share of generated pictures the oracle accepts, pictures (N, 3, 32, 32) in [0, 1], their prompts).
+
+    options: of the pipeline's call beside guidance 5 and 20 steps.
+    """
     repeated = [p for p in prompts for _ in range(images_per_prompt)]
     pictures = []
     for start in range(0, len(repeated), 256):
         output = pipeline(
             repeated[start : start + 256],
             num_inference_steps=20,
-            guidance_scale=guidance_scale,
-            eta=1.0,
+            guidance_scale=5.0,
             generator=torch.Generator().manual_seed(seed + start),
             output_type="pt",
+            **options,
         )
         pictures.append(output.images)
     pictures = torch.cat(pictures)

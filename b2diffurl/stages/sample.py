@@ -1,6 +1,7 @@
 """Step 1 of a stage: draw prompts, denoise branch groups with the current LoRA, write pictures and trajectories."""
 
 import concurrent.futures
+import dataclasses
 import time
 
 import torch
@@ -34,6 +35,8 @@ def main(config, started=None, loaded=None):
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     of_group = torch.tensor([prompts.index(row["prompt"]) for row in rows[:: plan.images]])
     cond, policy = loaded.family.embed(prompts), loaded.policy(before)
+    if config.sample.prefix == "ode":
+        policy.kernel = dataclasses.replace(policy.kernel, random_from=plan.start)
     loaded.family.vae  # noqa: B018 - loading it counts as start-up
     ready = time.perf_counter()
     run.stage.mkdir(parents=True, exist_ok=True)

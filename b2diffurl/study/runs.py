@@ -28,7 +28,7 @@ def measure(config, checkpoint, loaded):
     Figures: reward, oracle, diversity and entropy (bits), each with _train and with _test. loaded: the run's Models.
     """
     lists = {"train": read_prompts(config.prompts.train), "test": read_prompts(config.prompts.test)}
-    images = before_after.generate(config, loaded, lists, checkpoint, config.exp_name)
+    images = before_after.generate(loaded.evaluating(), lists, checkpoint, config.exp_name)
     values = {}
     for name, prompts in lists.items():
         with loaded.scoring() as reward:
