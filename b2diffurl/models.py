@@ -9,7 +9,7 @@ import platform
 
 import torch
 
-from .families import load_family, lora
+from .families import load_family, lora, memory
 from .guidance import to_device
 from .policy import Policy
 from .run.processes import device
@@ -26,8 +26,11 @@ class Models:
 
     @functools.cached_property
     def family(self):
-        """The Family of config.pretrained.model."""
-        return load_family(self.config)
+        """The Family of config.pretrained.model. Raises UserError where a GPU has too little memory to train it."""
+        family = load_family(self.config)
+        if device().type == "cuda":
+            memory.require(family, self.config, torch.cuda.mem_get_info()[1])
+        return family
 
     @functools.cached_property
     def kernel(self):

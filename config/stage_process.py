@@ -1,7 +1,8 @@
 """Every setting of a run, by preset: `--config config/stage_process.py:PRESET --config.x.y=value`.
 
-`sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size. In brackets: the name in the
-authors' code, where it differs.
+`sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size, and `shapes_flow` that with a
+flow-matching model. `sdxl`, `sd3.5` and `flux` carry it to larger models; nobody has run these three yet. In brackets:
+the name in the authors' code, where it differs.
 """
 
 import ml_collections
@@ -9,7 +10,9 @@ import ml_collections
 
 def get_config(preset="sdv1.4"):
     """The ConfigDict of a preset. Raises ValueError for an unknown one."""
-    presets = {"sdv1.4": sdv1_4, "shapes": shapes}
+    presets = {
+        "sdv1.4": sdv1_4, "sdxl": sdxl, "sd3.5": sd3_5, "flux": flux, "shapes": shapes, "shapes_flow": shapes_flow,
+    }  # fmt: skip
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r}: {', '.join(presets)}")
     return presets[preset]()
@@ -158,4 +161,91 @@ def shapes():
     config.evaluate.lpips = False  # its network needs pictures of 64x64 at least
     config.evaluate.inception_score = False  # tells photographs apart, not shapes
     config.evaluate.oracle = True
+    return config.lock()
+
+
+def shapes_flow():
+    """The same world, prompts and reward with a flow-matching transformer, a StableDiffusion3Pipeline."""
+    config = shapes().unlock()
+    config.exp_name = "shapes_flow_b2"
+    config.pretrained.model = "model/shapes_flow/pipeline"
+    config.pretrained.max_sequence_length = 0  # it has no T5, and was trained without its tokens
+    config.schedule.untrained = 1
+    return config.lock()
+
+
+def sdxl():
+    """Stable Diffusion XL. Numbers by their source: [F] a fork of Flow-GRPO for SDXL (config/sdxl.py of zqqqqz2000).
+
+    What is not said is sdv1.4's. Training one transition takes 4.8 GiB for the UNet in bf16, 0.1 for the LoRA and
+    AdamW, and 2.2 for activations with gradient checkpointing, 10.7 without (counted: docs/families.md).
+    """
+    config = sdv1_4().unlock()
+    config.exp_name = "sdxl_b2"
+    config.pretrained.model = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.mixed_precision = "bf16"  # the stock VAE overflows fp16
+    config.sample.resolution = 1024  # [F]; below 768 SDXL is poor
+    config.sample.num_steps = 50  # [F]
+    config.sample.guidance_scale = 7.5  # [F]
+    config.sample.branches = 8  # [F] images per prompt
+    config.sample.groups = 64  # half of the paper's queries per stage: 512
+    config.sample.batch_size = 4
+    config.schedule.left = 35  # the paper's share, 14 of 20 steps
+    config.schedule.right = 50
+    config.train.learning_rate = 1e-4  # [F]
+    config.train.batch_size = 1
+    config.train.gradient_checkpointing = True
+    return config.lock()
+
+
+def sd3_5():
+    """Stable Diffusion 3.5 medium. Numbers by their source: [G] Flow-GRPO (arXiv 2505.05470; config/grpo.py of
+    yifan123), [C] its variant with Flow-CPS (geneval_sd3_fast_nocfg there).
+
+    What is not said is sdv1.4's. Training one transition takes 4.2 GiB for the transformer in bf16, 0.4 for the LoRA
+    and AdamW, and 4.0 for activations, 0.8 with gradient checkpointing (counted: docs/families.md).
+    """
+    config = sdv1_4().unlock()
+    config.exp_name = "sd3.5_b2"
+    config.pretrained.model = "stabilityai/stable-diffusion-3.5-medium"
+    config.pretrained.max_sequence_length = 128  # [G]
+    config.mixed_precision = "bf16"
+    config.sample.resolution = 512  # [G]; the evaluation too
+    config.sample.num_steps = 10  # [G]
+    config.sample.guidance_scale = 4.5  # [G]
+    config.sample.sampler = "cps"  # [C]
+    config.sample.noise_level = 0.8  # [C]; with flow_sde 0.7 [G]
+    config.sample.branches = 24  # [G] images per prompt
+    config.sample.groups = 48  # [G] prompts per epoch
+    config.sample.batch_size = 9  # [G]
+    config.schedule.left = 7  # the paper's share of the steps
+    config.schedule.right = 10
+    config.schedule.untrained = 1  # [G] trains 0.99 of the steps, all but the last
+    config.train.learning_rate = 3e-4  # [G]
+    config.train.lora_rank = 32  # [G], there with scale 2
+    config.train.clip_range = 1e-4  # [G], of the mean's ratio
+    config.train.batch_size = 9  # [G]
+    config.evaluate.num_steps = 40  # [G]
+    config.evaluate.ode = True  # [G]
+    return config.lock()
+
+
+def flux():
+    """FLUX.1-dev. Numbers by their source: [G] Flow-GRPO (config/grpo.py and scripts/train_flux.py of yifan123).
+
+    What is not said is sd3.5's. Training one transition takes 22.2 GiB for the transformer in bf16, 2.7 for the LoRA
+    and AdamW, and 0.6 for activations with gradient checkpointing, 6.4 without (counted: docs/families.md).
+    """
+    config = sd3_5().unlock()
+    config.exp_name = "flux_b2"
+    config.pretrained.model = "black-forest-labs/FLUX.1-dev"
+    config.sample.num_steps = 6  # [G]
+    config.sample.guidance_scale = 3.5  # [G], an input of the model
+    config.sample.noise_level = 0.8  # sd3.5's; with flow_sde 0.9 [G]
+    config.schedule.left = 4  # the paper's share of the steps
+    config.schedule.right = 6
+    config.train.lora_rank = 64  # [G], there with scale 2
+    config.train.batch_size = 3
+    config.train.gradient_checkpointing = True
+    config.evaluate.num_steps = 28  # [G]
     return config.lock()

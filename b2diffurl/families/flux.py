@@ -29,7 +29,7 @@ class Flux(StableDiffusion3):
             )
 
     @staticmethod
-    def _denoiser_class():
+    def denoiser_class():
         from diffusers import FluxTransformer2DModel
 
         return FluxTransformer2DModel

@@ -48,11 +48,15 @@ def load(loader, config, subfolder, **options):
     return _read(loader.from_pretrained, config, subfolder, **options)
 
 
-def load_geometry(loader, config, subfolder):
+def load_geometry(loader, config, subfolder, dtype=torch.float32):
     """A network without its numbers, on the meta device: its configuration and its sizes, at once and for no memory."""
-    settings = _read(loader.load_config, config, subfolder)
-    with torch.device("meta"):
-        return loader.from_config(settings)
+    settings, usual = _read(loader.load_config, config, subfolder), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return loader.from_config(settings)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _read(reader, config, subfolder, **options):

@@ -26,7 +26,7 @@ class StableDiffusion:
         self.config, self._embeds = config, {}
 
     @staticmethod
-    def _denoiser_class():
+    def denoiser_class():
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         return UNet2DConditionModel
@@ -34,12 +34,12 @@ class StableDiffusion:
     @functools.cached_property
     def denoiser(self):
         """The network that is trained, frozen, in the run's precision, on the run's device."""
-        return load_frozen(self._denoiser_class(), self.config, self.component)
+        return load_frozen(self.denoiser_class(), self.config, self.component)
 
     @functools.cached_property
     def geometry(self):
         """The denoiser without its numbers, on the meta device: what can be known before it is loaded."""
-        return load_geometry(self._denoiser_class(), self.config, self.component)
+        return load_geometry(self.denoiser_class(), self.config, self.component)
 
     @property
     def latent_shape(self):

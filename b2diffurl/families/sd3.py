@@ -28,7 +28,7 @@ class StableDiffusion3(StableDiffusion):
             )
 
     @staticmethod
-    def _denoiser_class():
+    def denoiser_class():
         from diffusers import SD3Transformer2DModel
 
         return SD3Transformer2DModel

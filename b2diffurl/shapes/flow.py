@@ -17,7 +17,7 @@ from . import clip, diffusion
 from .build import base_figures, conclude, progress
 
 STEPS, BATCH, LEARNING_RATE = 7500, 128, 1.5e-3
-BOUNDS = {"base_attribute": (0.35, 0.75), "base_relation": (0.15, 1.0), "base_composition": (0.15, 1.0)}
+BOUNDS = {"base_attribute": (0.35, 0.75), "base_relation": (0.02, 1.0), "base_composition": (0.02, 1.0)}
 
 
 def build_transformer(width):
@@ -84,6 +84,7 @@ def save_pipeline(folder, vae, encoder, tokenizer, transformer):
     """Write the folder that StableDiffusion3Pipeline.from_pretrained loads; it is called with max_sequence_length=0."""
     from diffusers import StableDiffusion3Pipeline
 
+    vae.register_to_config(shift_factor=0.0)  # of which this pipeline has no default
     StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=build_scheduler(),
