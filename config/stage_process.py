@@ -1,8 +1,8 @@
 """Every setting of a run, by preset: `--config config/stage_process.py:PRESET --config.x.y=value`.
 
-`sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size, and `shapes_flow` that with a
-flow-matching model. `sdxl`, `sd3.5` and `flux` carry it to larger models; nobody has run these three yet. In brackets:
-the name in the authors' code, where it differs.
+`sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size, and `shapes_flow` that with
+a flow-matching model. `sdxl`, `sd3.5` and `flux` carry it to larger models; nobody has run these three yet. In
+brackets: the name in the authors' code, where it differs.
 """
 
 import ml_collections

@@ -41,11 +41,14 @@ def test_matrix_has_the_seeds_that_the_evidence_needs():
             assert len({job.seed for job in jobs if job[:2] == (algorithm, method)}) == 3
 
 
-def test_rows_and_seeds_can_be_chosen():
+def test_rows_and_seeds_can_be_chosen(tmp_path):
     chosen = tuple(matrix.CHOSEN["ddpo_is", "b2"].items())
     assert matrix.matrix("full", ["ddpo_is:b2"], [7, 8]) == [matrix.Job("ddpo_is", "b2", s, chosen) for s in (7, 8)]
     assert {job[:3] for job in matrix.matrix("full", ["dpo:b2"])} == {("dpo", "b2", seed) for seed in (101, 102, 103)}
     assert matrix.matrix("full", ["b2"]) == []
+    (flow,) = matrix.matrix("full", ["ddpo_is:b2"], [7], world="shapes_flow")
+    assert flow == matrix.Job("ddpo_is", "b2", 7, chosen, "shapes_flow")
+    assert matrix.configure(flow, tmp_path, "full").pretrained.model == "model/shapes_flow/pipeline"
     assert len(matrix.matrix("quick")) == 4 * 2 + 3
 
 

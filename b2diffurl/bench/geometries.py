@@ -21,8 +21,8 @@ UNETS = {
 TRANSFORMERS = {
     "stabilityai/stable-diffusion-3.5-medium": ("SD3Transformer2DModel", {
         "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
-        "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+        "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
         "dual_attention_layers": tuple(range(13)),
     }),
     "black-forest-labs/FLUX.1-dev": ("FluxTransformer2DModel", {

@@ -80,7 +80,7 @@ def count(family, config):
 
 
 def require(family, config, available):
-    """Raise UserError where an update of train.batch_size transitions per call would not fit into the bytes available."""
+    """Raise UserError where training, train.batch_size transitions per call, would not fit into the bytes available."""
     sizes, batch = count(family, config), config.train.batch_size
     sizes["activations"] *= batch
     if sum(sizes.values()) > available:

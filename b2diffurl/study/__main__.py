@@ -1,7 +1,8 @@
-"""The command of the study, which writes results.csv, table.md and curves.png into DIR/quick, DIR/search or DIR/full.
+"""The command of the study, which writes results.csv, table.md and curves.png into DIR/quick, DIR/search or DIR/full,
+for another world into those of DIR/WORLD.
 
-`python -m b2diffurl.study [--quick | --search] [--out DIR] [--rows ALGORITHM:METHOD ...] [--seeds N ...] [--set
-NAME=VALUE ...]`; the same command goes on where it was stopped.
+`python -m b2diffurl.study [--quick | --search] [--out DIR] [--rows ALGORITHM:METHOD ...] [--seeds N ...]
+[--world WORLD] [--set NAME=VALUE ...]`; the same command goes on where it was stopped.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import sys
 
 from .. import study
 from ..errors import UserError
+from .matrix import WORLDS
 from .runs import main
 
 
@@ -31,6 +33,7 @@ if __name__ == "__main__":
     kinds.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and seeds")
     parser.add_argument("--rows", nargs="+", default=(), help="only these, as algorithm:method")
     parser.add_argument("--seeds", nargs="+", type=int, default=(), help="these instead of the study's own")
+    parser.add_argument("--world", default="shapes", choices=WORLDS, help="the preset of the runs")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -42,7 +45,8 @@ if __name__ == "__main__":
     given = parser.parse_args()
     kind = "quick" if given.quick else "search" if given.search else "full"
     try:
-        main(given.out / kind, kind, given.rows, given.seeds, given.set)
+        place = given.out if given.world == "shapes" else given.out / given.world
+        main(place / kind, kind, given.rows, given.seeds, given.set, given.world)
     except UserError as error:
         sys.exit(f"study: {error}")
     except KeyboardInterrupt:

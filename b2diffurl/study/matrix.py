@@ -28,9 +28,10 @@ LOSSES = {  # what results.csv calls a loss: its settings; ddpo_is and ddpo_is_s
     **{name: {"train.algorithm": name, **MEAN} for name in OTHERS},
 }
 THIRD_SEED = ("ddpo_is",)  # losses whose finalists have one more seed in the search
+WORLDS = ("shapes", "shapes_flow")
 ARMS = ("ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 SIZES = {"sample.groups": 48, "evaluate.images_per_prompt": 16}
-BUDGETS = {  # settings over the shapes preset's, the same for every run of a kind of study
+BUDGETS = {  # settings over the preset's, the same for every run of a kind of study
     "full": {"schedule.stage_count": 12, **SIZES, **prompt_lists("study")},
     "quick": {"schedule.stage_count": 4, "sample.groups": 12, "evaluate.images_per_prompt": 4, **prompt_lists("study")},
     "search": {"schedule.stage_count": 8, **SIZES, **prompt_lists("search")},
@@ -92,6 +93,7 @@ class Job(typing.NamedTuple):
     method: str  # one of ARMS
     seed: int
     settings: tuple  # of (configuration field, value)
+    world: str = "shapes"  # the preset whose model and prompts it has; worlds have folders of their own
 
     def key(self):
         """What names the run in results.csv: (algorithm, method, settings as text, seed)."""
@@ -103,16 +105,17 @@ class Job(typing.NamedTuple):
         return " ".join(map(str, self.key()))
 
 
-def matrix(kind, cells=(), seeds=(), changes=()):
+def matrix(kind, cells=(), seeds=(), changes=(), world="shapes"):
     """The Jobs of a study, in the order in which they are run.
 
     kind: "full" (five seeds for the four methods of ddpo_is and of ddpo_is_sum, three for two methods of each other
     loss), "quick" (part of it, on one or two seeds) or "search" (every setting of GRID on a seed of its own, then
     FINALISTS on one more, or on two with ddpo_is). cells: "algorithm:method", only these where given. seeds: these
     instead of the study's; a search ignores them. changes: (configuration field, value), over every run's settings.
+    world: one of WORLDS; the chosen settings are those of shapes.
     """
     tried = _search() if kind == "search" else _evidence(kind, seeds)
-    jobs = [Job(*cell, seed, tuple({**settings, **dict(changes)}.items())) for cell, seed, settings in tried]
+    jobs = [Job(*cell, seed, tuple({**settings, **dict(changes)}.items()), world) for cell, seed, settings in tried]
     return [job for job in jobs if not cells or ":".join(job[:2]) in cells]
 
 
@@ -146,7 +149,7 @@ def _evidence(kind, seeds):
 
 
 def configure(job, out, kind):
-    """A run's checked configuration: the shapes preset with the settings in which the study differs from it.
+    """A run's checked configuration: its world's preset with the settings in which the study differs from it.
 
     out: pathlib.Path of the study, whose runs/ holds the run. UserError where one of the job's settings is refused.
     """
@@ -159,7 +162,7 @@ def configure(job, out, kind):
         "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **dict(job.settings),
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
-    return parse(["study", "--config", "config/stage_process.py:shapes", *flags])[0]
+    return parse(["study", "--config", f"config/stage_process.py:{job.world}", *flags])[0]
 
 
 def evaluated(config):

@@ -76,16 +76,16 @@ def spent(place, config):
     }
 
 
-def main(out, kind, cells=(), seeds=(), changes=()):
+def main(out, kind, cells=(), seeds=(), changes=(), world="shapes"):
     """Run the matrix, and write the report into the folder `out` after every run that ends.
 
-    Runs whose last stage is in out/results.csv are done. kind, cells, seeds, changes: see matrix. UserError for cells
+    Runs whose last stage is in out/results.csv are done. The others: see matrix. UserError for cells
     or seeds that the study cannot have, for refused settings, where another process works in `out`, and at the end
     where runs failed: the report has the others, and names these.
     """
     began = time.perf_counter()
     refuse(kind, cells, seeds)
-    jobs = matrix(kind, cells, seeds, changes)
+    jobs = matrix(kind, cells, seeds, changes, world)
     config = configure(jobs[0], out, kind)
     lock.hold(out)
     base, rows, failed = base_figures(config, out / "base.json"), results.read(out / "results.csv"), []

@@ -1,0 +1,94 @@
+"""The flow-matching world keeps its promises, and every algorithm and a tree run on it."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+
+from b2diffurl.models import Models
+from b2diffurl.run import metrics
+from b2diffurl.run.command import parse
+from b2diffurl.shapes import build, diffusion, flow
+from b2diffurl.shapes.captions import TEMPLATES, prompt_lists
+from b2diffurl.stages.loop import run_stage
+
+WORLD = pathlib.Path("model/shapes_flow")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    from diffusers import DiffusionPipeline
+
+    loaded = DiffusionPipeline.from_pretrained(WORLD / "pipeline", local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.mark.parametrize("pictures", [60, pytest.param(720, marks=pytest.mark.slow)])
+def test_base_alignment_leaves_room_to_learn(pipeline, pictures):
+    assert type(pipeline).__name__ == "StableDiffusion3Pipeline"
+    shares = {}
+    for template in TEMPLATES:
+        prompts = [p for prompts in prompt_lists(template) for p in prompts]
+        count = -(-pictures // len(prompts))
+        shares[template], *_ = diffusion.base_alignment(pipeline, prompts, count, seed=8, max_sequence_length=0)
+    slack = pictures**-0.5  # two standard errors; the model card has the figures from 720
+    assert 0.35 - slack <= shares["attribute"] <= 0.75 + slack
+    assert max(shares["relation"], shares["composition"]) <= shares["attribute"] + slack
+
+
+def test_committed_figures_are_within_their_bounds():
+    figures = json.loads((WORLD / "figures.json").read_text())
+    checked = {name: value for name, value in figures.items() if name not in ("machine", "seed")}
+    assert build.misses(checked, flow.BOUNDS) == []
+    assert build.misses({**checked, "base_attribute": 0.9}, flow.BOUNDS)
+
+
+def test_the_text_towers_are_the_rewards(pipeline):
+    import open_clip
+
+    model = open_clip.create_model("local-dir:model/shapes/clip").eval()
+    captions = ["a red circle", "a ring left of a cross", ""]
+    _, pooled = flow.embed_captions(pipeline.text_encoder, pipeline.tokenizer, captions)
+    with torch.no_grad():
+        wanted = model.encode_text(open_clip.get_tokenizer("local-dir:model/shapes/clip")(captions))
+    torch.testing.assert_close(pooled, torch.cat([wanted, wanted], -1), rtol=1e-4, atol=1e-5)
+    config = parse(["x", "--config", "config/stage_process.py:shapes_flow"])[0]
+    hidden, _ = flow.embed_captions(pipeline.text_encoder, pipeline.tokenizer, captions)
+    torch.testing.assert_close(Models(config).family.embed(captions)["encoder_hidden_states"], hidden)
+
+
+def test_the_folder_is_small():
+    files = [f for f in WORLD.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 12e6
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+
+
+@pytest.mark.parametrize("settings", [
+    ("train.algorithm=ddpo_is",), ("train.algorithm=ddpo_sf",), ("train.algorithm=dpok", "train.log_prob=mean"),
+    ("train.algorithm=dpo", "train.log_prob=mean"), ("sample.branches=4", "schedule.forks=((6, 2), (10, 2))"),
+    ("method=ddpo",), ("method=ddpo_bs",), ("sample.sampler=flow_sde",), ("sample.prefix=ode",),
+])  # fmt: skip
+def test_every_algorithm_and_a_tree_learn_from_it(settings, elsewhere):
+    flags = (f"save_path={elsewhere}", "exp_name=t", "sample.groups=4", "schedule.stage_count=1", *settings)
+    flags += ("select.pos_threshold=-9", "select.neg_threshold=9")
+    run_stage(parse(["x", "--config", "config/stage_process.py:shapes_flow", *(f"--config.{f}" for f in flags)])[0])
+    (line,) = [line for line in metrics.read(elsewhere / "t/metrics.jsonl") if line["step"] == "train"]
+    assert line["train/updates"] >= 1
+    assert line["train/lora_change"] > 0
+    assert line["policy/ratio_first"] == pytest.approx(1, abs=1e-3)
+
+
+def test_the_recipe_runs_and_says_what_misses(tmp_path, monkeypatch):
+    """A few steps of it: the folder loads; untrained, it fails its bounds."""
+    from diffusers import StableDiffusion3Pipeline
+
+    monkeypatch.setattr(flow, "STEPS", 4)
+    monkeypatch.setattr(flow, "BATCH", 4)
+    monkeypatch.setattr(diffusion, "SCENES", 4000)
+    monkeypatch.setattr(flow, "base_figures", lambda pipeline, sheet, **options: {"base_attribute": 0.0})
+    monkeypatch.setattr("sys.argv", ["flow", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"base_attribute = 0\.000 is outside"):
+        flow.main()
+    StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
