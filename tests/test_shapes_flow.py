@@ -18,9 +18,7 @@ WORLD = pathlib.Path("model/shapes_flow")
 
 @pytest.fixture(scope="module")
 def pipeline():
-    from diffusers import DiffusionPipeline
-
-    loaded = DiffusionPipeline.from_pretrained(WORLD / "pipeline", local_files_only=True)
+    loaded = flow.load_pipeline(WORLD / "pipeline")
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -82,8 +80,6 @@ def test_every_algorithm_and_a_tree_learn_from_it(settings, elsewhere):
 
 def test_the_recipe_runs_and_says_what_misses(tmp_path, monkeypatch):
     """A few steps of it: the folder loads; untrained, it fails its bounds."""
-    from diffusers import StableDiffusion3Pipeline
-
     monkeypatch.setattr(flow, "STEPS", 4)
     monkeypatch.setattr(flow, "BATCH", 4)
     monkeypatch.setattr(diffusion, "SCENES", 4000)
@@ -91,4 +87,4 @@ def test_the_recipe_runs_and_says_what_misses(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["flow", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"base_attribute = 0\.000 is outside"):
         flow.main()
-    StableDiffusion3Pipeline.from_pretrained(tmp_path / "pipeline", local_files_only=True)
+    assert flow.load_pipeline(tmp_path / "pipeline").transformer.config.num_layers == 4
