@@ -170,7 +170,10 @@ def shapes_flow():
     config.exp_name = "shapes_flow_b2"
     config.pretrained.model = "model/shapes_flow/pipeline"
     config.pretrained.max_sequence_length = 0  # it has no T5, and was trained without its tokens
-    config.schedule.untrained = 1
+    config.prompts.train = "prompts/shapes_paired_train.json"  # both colours of a confused pair, or neither
+    config.prompts.test = "prompts/shapes_paired_test.json"
+    config.schedule.untrained = 5  # the last steps decide next to nothing, and their densities are the steepest
+    config.train.learning_rate = 3e-3
     return config.lock()
 
 

@@ -1,5 +1,7 @@
 """A random UNet of the real class for tests of the arithmetic, small and with nothing left out, and its policy."""
 
+import types
+
 import torch
 
 from b2diffurl.ddim import DDIM
@@ -26,7 +28,8 @@ class AroundUNet(StableDiffusion):
     """Stable Diffusion's family around a UNet that is there already."""
 
     def __init__(self, unet):
-        self.denoiser = unet
+        self.denoiser = self.geometry = unet
+        self.config = types.SimpleNamespace(sample=types.SimpleNamespace(resolution=0))
 
 
 def conditioning(embeds):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from b2diffurl.models import Models
-from b2diffurl.run import metrics
-from b2diffurl.run.command import parse
+from b2diffurl.run import command, metrics
 from b2diffurl.shapes import build, diffusion, flow
-from b2diffurl.shapes.captions import TEMPLATES, prompt_lists
+from b2diffurl.shapes.captions import TEMPLATES, all_captions, paired_lists, parse, partner, prompt_lists
+from b2diffurl.shapes.scene import COLOURS, SHAPES
 from b2diffurl.stages.loop import run_stage
 
 WORLD = pathlib.Path("model/shapes_flow")
@@ -52,9 +52,21 @@ def test_the_text_towers_are_the_rewards(pipeline):
     with torch.no_grad():
         wanted = model.encode_text(open_clip.get_tokenizer("local-dir:model/shapes/clip")(captions))
     torch.testing.assert_close(pooled, torch.cat([wanted, wanted], -1), rtol=1e-4, atol=1e-5)
-    config = parse(["x", "--config", "config/stage_process.py:shapes_flow"])[0]
+    config = command.parse(["x", "--config", "config/stage_process.py:shapes_flow"])[0]
     hidden, _ = flow.embed_captions(pipeline.text_encoder, pipeline.tokenizer, captions)
     torch.testing.assert_close(Models(config).family.embed(captions)["encoder_hidden_states"], hidden)
+
+
+def test_paired_lists_hold_both_colours_of_a_confused_pair_or_neither():
+    lists = paired_lists()
+    assert sorted(lists[0] + lists[1]) == sorted(all_captions("attribute"))
+    for name, own in zip(("train", "test"), lists, strict=True):
+        assert json.loads(pathlib.Path(f"prompts/shapes_paired_{name}.json").read_text()) == own
+        for caption in own:
+            _, (colour, shape) = parse(caption)
+            assert f"a {COLOURS[partner(COLOURS.index(colour))]} {shape}" in own
+        words = {word for caption in own for word in caption.split()[1:]}
+        assert words == {*COLOURS, *SHAPES}  # every colour and every shape, in both
 
 
 def test_the_folder_is_small():
@@ -71,7 +83,9 @@ def test_the_folder_is_small():
 def test_every_algorithm_and_a_tree_learn_from_it(settings, elsewhere):
     flags = (f"save_path={elsewhere}", "exp_name=t", "sample.groups=4", "schedule.stage_count=1", *settings)
     flags += ("select.pos_threshold=-9", "select.neg_threshold=9")
-    run_stage(parse(["x", "--config", "config/stage_process.py:shapes_flow", *(f"--config.{f}" for f in flags)])[0])
+    run_stage(
+        command.parse(["x", "--config", "config/stage_process.py:shapes_flow", *(f"--config.{f}" for f in flags)])[0]
+    )
     (line,) = [line for line in metrics.read(elsewhere / "t/metrics.jsonl") if line["step"] == "train"]
     assert line["train/updates"] >= 1
     assert line["train/lora_change"] > 0

@@ -100,3 +100,16 @@ def prompt_lists(template):
         ]
     order = np.random.default_rng(0).permutation(len(captions))
     return [captions[i] for i in sorted(order[:40])], [captions[i] for i in sorted(order[40:80])]
+
+
+def paired_lists():
+    """(train, held-out) attribute prompts, disjoint, in which a shape has both colours of a confused pair or neither.
+
+    With one of them, as in prompt_lists, drawing it always would be right on the list and wrong on the other.
+    """
+    units = list(itertools.product(range(len(SHAPES)), range(0, len(COLOURS), 2)))
+    lists = [[], []]
+    for shape, colour in units:
+        own = (f"a {COLOURS[c]} {SHAPES[shape]}" for c in (colour, partner(colour)))
+        lists[(shape + colour // 2) % 2].extend(own)
+    return tuple(lists)
