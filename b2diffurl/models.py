@@ -51,7 +51,9 @@ class Models:
         self.family.denoiser, self.family.vae  # noqa: B018 - what is loaded now, the copy shares
         other, family = copy.copy(self), copy.copy(self.family)
         other.config = family.config = config
-        other.family, other.kernel = family, family.kernel(config.sample.num_steps, config.sample)
+        other.family, other.kernel = family, self.kernel
+        if own.num_steps or own.resolution:
+            other.kernel = family.kernel(config.sample.num_steps, config.sample)
         if own.ode:
             other.kernel = dataclasses.replace(other.kernel, random_from=config.sample.num_steps)
         return other
