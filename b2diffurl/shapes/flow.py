@@ -46,8 +46,8 @@ def build_transformer(width):
 def build_scheduler():
     """Flow matching with SD3's shift.
 
-    Without it the outcome is decided within the first third of 20 steps; the shift gives high noise more of the steps,
-    and moves the decision into those that the paper's intervals train.
+    Without it the outcome is decided within the first third of 20 steps, before the paper's first interval; the shift
+    gives high noise more of the steps.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
