@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job: for every stage, run_sample.py, run_select.py, run_train.py; then the before/after table.
-#   [PRESET=shapes|sdv1.4] [LAUNCH="accelerate launch ..."] bash run_process.sh [--config.x.y=value ...]
+#   [PRESET=NAME] [LAUNCH="accelerate launch ..."] bash run_process.sh [--config.x.y=value ...]
 # The same command again goes on where it stopped. With several GPUs every step runs on all of them; LAUNCH overrides.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -286,7 +286,7 @@ def test_steps_before_the_interval_can_be_the_odes(kind):
 def test_the_prefix_of_a_stage_is_the_odes_where_it_is_set(kind, elsewhere):
     """Then what the branches start from is what the base model's ODE makes of x_T."""
     config = kind.configure(f"save_path={elsewhere}", "sample.groups=1", "sample.prefix=ode")
-    loaded, stored = Models(config), {}
+    loaded = Models(config)
     sample_step.main(config, loaded=loaded)
     stored = load_file(elsewhere / "t/stage0/samples.safetensors")
     policy, plan = loaded.policy(), stage_plan(config)

@@ -21,10 +21,14 @@ class Family(typing.Protocol):
 
     evaluations: int  # of the denoiser for a guided prediction
     lora_targets: tuple  # names of the layers that get a LoRA
+    component: str  # the denoiser's name in the pipeline
+    geometry: object  # the denoiser without its numbers, before it is loaded
     denoiser: object  # the network that is trained, frozen but for a LoRA
     latent_shape: tuple  # (C, H, W)
     untrained: int  # last steps that have no density
 
+    def denoiser_class(self): ...
+    def text_shapes(self): ...  # -> {name: shape} of one prompt's Conditioning, before it is embedded
     def embed(self, prompts): ...  # -> Conditioning (P, ...) on the CPU
     def call(self, denoiser, latents, time, cond): ...  # -> the denoiser's output, as the latents
     def predict(self, denoiser, latents, time, cond, negative, guidance): ...  # -> guided, float32, as the latents
