@@ -20,7 +20,7 @@ from b2diffurl.errors import UserError
 from b2diffurl.run.config import read_prompts
 from b2diffurl.shapes.scene import render, sample_scenes
 from b2diffurl.shapes.variety import open_entropy
-from b2diffurl.study import curves, matrix, report, results, runs
+from b2diffurl.study import curves, matrix, report, results, runs, statistics
 from b2diffurl.study.__main__ import assignment
 
 JOB = matrix.Job("ddpo_is", "b2", 101, (("train.learning_rate", 1e-3),))
@@ -155,19 +155,39 @@ def test_entropy_is_nought_for_one_picture_and_nearly_all_of_it_for_random_scene
 
 
 def test_interval_over_seeds():
-    mean, low, high = results.interval([0.1, 0.2, 0.3, 0.4, 0.5])
+    mean, low, high = statistics.interval([0.1, 0.2, 0.3, 0.4, 0.5])
     assert mean == pytest.approx(0.3)
-    assert (low, high) == (pytest.approx(0.18, abs=0.021), pytest.approx(0.42, abs=0.021))
-    mean, low, high = results.interval([0.7])
+    assert (low, high) == (pytest.approx(0.1037, abs=1e-3), pytest.approx(0.4963, abs=1e-3))  # from a table of t
+    mean, low, high = statistics.interval([0.7])
     assert mean == 0.7
     assert math.isnan(low)
     assert math.isnan(high)
 
 
+def test_the_mean_is_within_its_interval_19_times_of_20():
+    draws = np.random.default_rng(2).normal(5, 2, size=(4000, 5))
+    for seeds in (3, 5):
+        spans = [statistics.interval(values[:seeds]) for values in draws]
+        assert np.mean([low <= 5 <= high for _, low, high in spans]) == pytest.approx(0.95, abs=0.012)
+
+
+def test_a_paired_test_rejects_what_its_interval_leaves_out():
+    assert statistics.p_value([1.0, 2.0, 4.0]) == pytest.approx(0.1181, abs=1e-4)  # t = 2.646 with 2 degrees
+    assert statistics.p_value([0.0, 0.0]) == 1
+    for values in np.random.default_rng(3).normal(1, 1, size=(200, 5)):
+        _, low, high = statistics.interval(values)
+        assert (statistics.p_value(values) < 0.05) == (not low <= 0 <= high)
+
+
+def test_holm_multiplies_the_smallest_by_all_and_never_falls():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.5, 0.9]) == [1.0, 1.0]
+
+
 def test_a_further_seed_lands_within_its_interval_19_times_of_20():
     draws = np.random.default_rng(1).normal(5, 2, size=(4000, 6))
     for seeds in (3, 5):
-        spans = [results.further(values[:seeds]) for values in draws]
+        spans = [statistics.further(values[:seeds]) for values in draws]
         inside = np.mean([low <= value <= high for (low, high), value in zip(spans, draws[:, -1], strict=True)])
         assert inside == pytest.approx(0.95, abs=0.012)
 
@@ -182,12 +202,13 @@ def test_differences_on_the_way_are_of_the_same_number_of_queries_and_seed():
         for (method, seed), both in alignment.items() for stage in (0, 1)
     ]  # fmt: skip
     base = dict.fromkeys(results.FIGURES, 0.0)
-    lines = report.comparisons(rows, results.final_rows(rows), base, "dpok")
-    assert lines[0].startswith("| dpok | b2 - ddpo | after 100 queries | 2 | | | +0.150 [+0.100, +0.200] | +0.000")
-    assert lines[1].startswith("| dpok | b2 - ddpo | at equal queries | 2 | | | +0.050 [+0.000, +0.100] | +0.000")
+    lines = [line for line in report.table(rows, base).splitlines() if "b2 - ddpo | " in line]
+    assert lines[0].startswith("| dpok | b2 - ddpo | after 100 queries | 2 | | | +0.150 [-0.485, +0.785] | +0.000")
+    assert lines[1].startswith("| dpok | b2 - ddpo | at equal queries | 2 | | | +0.050 [-0.585, +0.685] | +0.000")
     assert lines[3].startswith("| dpok | b2 - ddpo | at equal oracle, train | 2 | | | +0.000 [+0.000, +0.000] |")
-    assert "| +0.255 [+0.240, +0.270] |" in lines[3]  # diversity where both first had 0.9 and 0.8
+    assert "| +0.255 [+0.064, +0.446] |" in lines[3]  # diversity where both first had 0.9 and 0.8
     assert len(lines) == 4
+    assert "Of these 6 differences in the oracle's figures" in report.table(rows, base)  # two lists, three comparisons
     for row in rows:  # b2 with another budget: no number of queries is shared
         row["queries"] += 50 * (row["method"] == "b2")
     assert len(report.comparisons(rows, results.final_rows(rows), base, "dpok")) == 3

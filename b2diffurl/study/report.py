@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 
 from . import curves, results
-from .results import FIGURES, NAMES, ORDER, cell_of, evaluated_rows, final_rows, further, interval
+from .results import FIGURES, NAMES, ORDER, cell_of, evaluated_rows, final_rows
+from .statistics import further, holm, interval, p_value
 
 BASELINE = "ddpo"  # the method that the others are set against
 
@@ -35,15 +36,37 @@ def table(rows, base):
         figures = " | ".join(_figure([row[key] for row in runs.values()]) for key in FIGURES)
         spent = f"{max(row['queries'] for row in runs.values())} | {_millions(runs.values())}"
         lines.append(f"| {algorithm} | {method} | {settings} | {len(runs)} | {spent} | {figures} |")
-    for algorithm in dict.fromkeys(algorithm for algorithm, _, _ in cells):
-        lines += comparisons(rows, cells, base, algorithm)
+    found = [one for own in dict.fromkeys(cell[0] for cell in cells) for one in comparisons(rows, cells, base, own)]
+    lines += [_difference(*one) for one in found]
     note = (
-        "Mean over seeds and, in brackets, its 95 % bootstrap interval, which is too narrow for so few seeds. "
+        "Mean over seeds and, in brackets, its 95 % interval by Student's t (seeds taken as normal, so it can pass 1). "
         "Differences are by seed: of both after the same number of queries; then where both had spent as many UNet "
         "evaluations, or had first come as far in alignment, as the one that ended with less (on straight lines "
         "between the evaluated stages; without the seeds at which one ended below the base model)."
     )
-    return "\n".join([*lines, "", note, *further_table(cells)]) + "\n"
+    return "\n".join([*lines, "", note, *corrected(found), *further_table(cells)]) + "\n"
+
+
+def corrected(found):
+    """Lines of Markdown: which differences in the oracle's figures survive Holm's correction for their number.
+
+    found: as from comparisons.
+    """
+    named = [
+        (f"{algorithm}, {method} - {BASELINE} {what}, {FIGURES[key]}", [own[key] - other[key] for own, other in pairs])
+        for algorithm, method, what, pairs in found
+        for key in ("oracle_train", "oracle_test")
+        if len(pairs) > 1 and what != f"at equal {FIGURES['oracle_train']}"
+    ]
+    if not named:
+        return []
+    p_values = holm([p_value(differences) for _, differences in named])
+    kept = [f"{name} (p = {p:.2g})" for (name, _), p in zip(named, p_values, strict=True) if p < 0.05]
+    return [
+        "",
+        f"Of these {len(named)} differences in the oracle's figures, by paired t-tests with Holm's correction for "
+        f"their number, {len(kept)} are from zero at 5 %: {'; '.join(kept) or 'none'}.",
+    ]
 
 
 def further_table(cells):
@@ -64,21 +87,22 @@ def further_table(cells):
 
 
 def comparisons(rows, cells, base, algorithm):
-    """Lines of the table: an algorithm's methods minus ddpo, over the seeds that both have.
+    """An algorithm's methods against ddpo, over the seeds that both have: [(algorithm, method, what is equal, pairs)].
 
-    None for a method that was run with several settings, or where ddpo was. cells: what final_rows gives.
+    pairs: (the method's figures, ddpo's), one per seed. None for a method that was run with several settings, or where
+    ddpo was. cells: what final_rows gives.
     """
     of = {m: [runs for cell, runs in cells.items() if cell[:2] == (algorithm, m)] for m in ORDER}
     if len(of[BASELINE]) != 1:
         return []
-    (plain,), lines = of[BASELINE], []
+    (plain,), compared = of[BASELINE], []
     for method, found in of.items():
         if method == BASELINE or len(found) != 1 or not (shared := sorted(set(found[0]) & set(plain))):
             continue
         ends = [(found[0][seed], plain[seed]) for seed in shared]
         for what, pairs in _aligned(rows, base, ends):
-            lines.append(_difference(algorithm, method, what, pairs))
-    return lines
+            compared.append((algorithm, method, what, pairs))
+    return compared
 
 
 def _aligned(rows, base, ends):
@@ -95,7 +119,7 @@ def _aligned(rows, base, ends):
 
 
 def _difference(algorithm, method, what, pairs):
-    """A line of the table; pairs: (the method's figures, ddpo's), one pair per seed."""
+    """A line of the table for one of comparisons."""
     gaps = " | ".join(_figure([ours[key] - theirs[key] for ours, theirs in pairs], "+.3f") for key in FIGURES)
     return f"| {algorithm} | {method} - ddpo | {what} | {len(pairs)} | | | {gaps} |"
 

@@ -1,9 +1,7 @@
-"""A study's results.csv, one row per run and stage, and the statistics over its seeds."""
+"""A study's results.csv: one row per run and stage."""
 
 import csv
 import os
-
-import numpy as np
 
 FIGURES = {  # the columns that the report has, and what it calls them
     "oracle_train": "oracle, train",
@@ -20,7 +18,6 @@ COLUMNS = (
     "diversity_test", "entropy_train", "entropy_test",
 )  # fmt: skip
 ORDER = ("ddpo_is", "ddpo_is_sum", "ddpo_sf", "dpok", "dpo", "ddpo", "ddpo_bpt", "ddpo_bs", "b2")
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile, 1 to 9 degrees
 
 
 def write(path, rows):
@@ -70,22 +67,3 @@ def evaluated_rows(rows, last):
 def over_lists(row, key):
     """The mean of a figure ("reward", "oracle", ...) over train and held-out prompts."""
     return (row[f"{key}_train"] + row[f"{key}_test"]) / 2
-
-
-def interval(values, resamples=10_000):
-    """Mean over seeds and its 95 % bootstrap interval: (mean, low, high); a single seed has no interval (nan)."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return values.mean(), np.nan, np.nan
-    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    return values.mean(), *np.quantile(values[draws].mean(1), [0.025, 0.975])
-
-
-def further(values):
-    """Where one further seed's value lands with 95 %, values taken as normal (Student's t): (low, high).
-
-    values: of 2 to 10 seeds.
-    """
-    values = np.asarray(values, dtype=float)
-    half = STUDENT_T[len(values) - 2] * values.std(ddof=1) * np.sqrt(1 + 1 / len(values))
-    return values.mean() - half, values.mean() + half

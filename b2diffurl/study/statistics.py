@@ -1,0 +1,61 @@
+"""What a few seeds say: Student's intervals, paired tests, and Holm's correction for their number."""
+
+import math
+
+import numpy as np
+
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 % quantile, 1 to 9 degrees
+
+
+def interval(values):
+    """Mean over seeds and its 95 % interval by Student's t: (mean, low, high); a single seed has none (nan).
+
+    Of differences by seed it is the paired one. values: of 10 seeds at most. A bootstrap over so few seeds is too
+    narrow: it covers 76 % with three of them and 83 % with five.
+    """
+    values = np.asarray(values, dtype=float)
+    half = _spread(values, 1 / len(values))
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def further(values):
+    """Where one further seed's value lands with 95 %, values taken as normal (Student's t): (low, high).
+
+    values: of 2 to 10 seeds.
+    """
+    values = np.asarray(values, dtype=float)
+    half = _spread(values, 1 + 1 / len(values))
+    return values.mean() - half, values.mean() + half
+
+
+def _spread(values, share):
+    """Student's t times the standard deviation of what has `share` of the values' variance; nan for a single one."""
+    if len(values) < 2:
+        return np.nan
+    return STUDENT_T[len(values) - 2] * values.std(ddof=1) * np.sqrt(share)
+
+
+def p_value(differences):
+    """Of the paired t-test, two-sided: how likely differences by seed so far from 0 are where there is no effect.
+
+    With t = √ν tan θ Student's density is that of θ, cos^(ν-1) θ, which is summed over 2000 strips.
+    """
+    values = np.asarray(differences, dtype=float)
+    degrees, error = len(values) - 1, values.std(ddof=1) / np.sqrt(len(values))
+    if error == 0:
+        return 1.0 if values.mean() == 0 else 0.0
+    angle = math.atan(abs(values.mean()) / error / math.sqrt(degrees))
+    strips = np.linspace(angle, math.pi / 2, 2001)
+    middle = (strips[1:] + strips[:-1]) / 2
+    factor = 2 * math.gamma((degrees + 1) / 2) / (math.sqrt(math.pi) * math.gamma(degrees / 2))
+    return float(factor * (np.cos(middle) ** (degrees - 1)).mean() * (math.pi / 2 - angle))
+
+
+def holm(p_values):
+    """The p-values corrected for their number by Holm's step-down rule, in the same order."""
+    p_values = np.asarray(p_values, dtype=float)
+    order = np.argsort(p_values)
+    steps = p_values[order] * (len(p_values) - np.arange(len(p_values)))
+    corrected = np.empty_like(p_values)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected.tolist()
