@@ -19,7 +19,7 @@ TINY = (  # settings of a run that does everything once
     "schedule.right=3", "select.pos_threshold=-9", "select.neg_threshold=9", "train.trajectories_per_update=16",
     "train.num_epochs=1", "evaluate.images_per_prompt=1",
 )  # fmt: skip
-CPU_FIGURES = "to compare: the README's table under Measured, on two CPU cores"
+CPU_FIGURES = "to compare: the table of docs/results.md, on two CPU cores"
 
 
 def several_processes(scratch):

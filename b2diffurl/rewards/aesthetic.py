@@ -41,5 +41,5 @@ def _read_head(path, device):
         return [(stored[f"layers.{n}.weight"].float(), stored[f"layers.{n}.bias"].float()) for n in numbers]
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise UserError(
-            f"config.reward.aesthetic_head={path!r} is not the published head as safetensors: {error} (README, Rewards)"
+            f"config.reward.aesthetic_head={path!r} is not the published head as safetensors: {error} (docs/rewards.md)"
         ) from None

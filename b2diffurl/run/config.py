@@ -140,7 +140,7 @@ def _check_reward(reward):
         if name in WEIGHTS and not (name == "hpsv2" and reward.hpsv2_model.startswith("local-dir:")):
             setting, source = WEIGHTS[name]
             _require(pathlib.Path(reward[setting]).is_file(), f"reward.{setting}", reward[setting],
-                     f"no such file; download {source} and save its tensors there (README, Rewards)")  # fmt: skip
+                     f"no such file; download {source} and save its tensors there (docs/rewards.md)")  # fmt: skip
 
 
 def _check_schedule(config):
