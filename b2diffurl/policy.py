@@ -8,7 +8,8 @@ import dataclasses
 
 import torch
 
-from .families import lora
+from .errors import UserError
+from .families import lora, sharding
 
 
 @dataclasses.dataclass
@@ -43,6 +44,8 @@ class Policy:
 
         cond: Conditioning (B, ...).
         """
+        if sharding.is_sharded(self.denoiser):
+            sharding.calls(True)
         time = self.kernel.time(step)
         prediction = self.family.predict(self.denoiser, latents, time, cond, self.negative, self.guidance)
         return self.kernel.transition(prediction, step, latents)
@@ -55,3 +58,24 @@ class Policy:
             yield
         finally:
             lora.switch(self.denoiser, True)
+
+    @contextlib.contextmanager
+    def together(self, backward=False):
+        """Within, all processes call a sharded denoiser equally often: who is done calls it for nothing until all are.
+
+        backward: whether every call is followed by its backward pass.
+        """
+        try:
+            yield
+        except UserError:  # of this process alone; the others are told afterwards
+            self._wait(backward)
+            raise
+        self._wait(backward)
+
+    def _wait(self, backward):
+        while sharding.is_sharded(self.denoiser) and sharding.calls(False):
+            latents = torch.zeros(1, *self.family.latent_shape, device=self.device, dtype=self.latent_dtype)
+            time = self.kernel.time(torch.zeros(1, dtype=torch.long, device=self.device))
+            found = self.family.predict(self.denoiser, latents, time, self.negative, self.negative, self.guidance)
+            if backward:
+                found.backward(torch.zeros_like(found))

@@ -92,7 +92,7 @@ def pretrained_means(policy, experience, batch_size):
     means = experience.rollout.states.new_zeros(len(experience.row), *experience.rollout.states.shape[1:]).float()
     states, asked = rows_of(experience, torch.arange(experience.samples)), 0
     mine = states[processes.share(len(states))]
-    with policy.pretrained():
+    with policy.pretrained(), policy.together():
         for first in range(0, len(mine), batch_size):
             chosen = torch.tensor([row for state in mine[first : first + batch_size] for row in state])
             means[chosen], _, evaluated = transitions_of(policy, experience, experience.row[chosen])
@@ -146,14 +146,15 @@ def accumulate(learner, experience, samples, train, generator, scale=1.0):
     order = torch.randperm(len(states), generator=generator)
     count, per_call = sum(map(len, states)), max(1, train.batch_size // (1 if experience.rival is None else 2))
     mine = order[processes.share(len(order))]
-    for call in mine.split(per_call) if len(mine) else ():
-        chosen = torch.tensor([row for state in call.tolist() for row in states[state]])
-        loss, statistics, evaluated = losses_of(learner.policy, experience, chosen, train)
-        (loss.sum() * (scale / count)).backward()
-        asked += evaluated
-        step = experience.rollout.step[experience.row[chosen]]
-        for name, value in {"loss": loss.detach(), "step": step, **statistics}.items():
-            collected.setdefault(name, []).append(value)
+    with learner.policy.together(backward=True):
+        for call in mine.split(per_call) if len(mine) else ():
+            chosen = torch.tensor([row for state in call.tolist() for row in states[state]])
+            loss, statistics, evaluated = losses_of(learner.policy, experience, chosen, train)
+            (loss.sum() * (scale / count)).backward()
+            asked += evaluated
+            step = experience.rollout.step[experience.row[chosen]]
+            for name, value in {"loss": loss.detach(), "step": step, **statistics}.items():
+                collected.setdefault(name, []).append(value)
     for parameter in learner.parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / scale
     processes.sum_([parameter.grad for parameter in learner.parameters])

@@ -30,6 +30,7 @@ def sdv1_4():
     # VAE is bf16 under fp16, which it overflows
     config.allow_tf32 = True  # on a GPU, where mixed_precision is "no": faster, 10 bits of mantissa; rewards never
     config.one_process = True  # run_process.sh: all steps in one warm process per GPU; False: each step in its own
+    config.sharded = False  # of several processes, each keeps a part of the denoiser's weights: for one GPU too small
     config.log_with = ""  # "wandb" also sends every metrics line there; "" does not
 
     config.keep = ml_collections.ConfigDict()  # of how many stages, the latest ones, these stay on disk; 0: of all
@@ -77,10 +78,10 @@ def sdv1_4():
     config.reward.bert_model = "roberta-large"  # of bertscore: compares the words; hub id or folder
     config.reward.bert_layer = 17  # of bertscore: the layer whose features are compared
     config.reward.aesthetic_model = "openai/clip-vit-large-patch14"  # of aesthetic: transformers' CLIP; hub id, folder
-    config.reward.aesthetic_head = "model/rewards/aesthetic_head.safetensors"  # of aesthetic: see README, Rewards
+    config.reward.aesthetic_head = "model/rewards/aesthetic_head.safetensors"  # of aesthetic: see docs/rewards.md
     config.reward.pickscore_model = "yuvalkirstain/PickScore_v1"  # hub id or folder
     config.reward.hpsv2_model = "ViT-H-14"  # an OpenCLIP architecture or local-dir:DIR
-    config.reward.hpsv2_weights = "model/rewards/hpsv2.safetensors"  # see README, Rewards; "" with local-dir
+    config.reward.hpsv2_weights = "model/rewards/hpsv2.safetensors"  # see docs/rewards.md; "" with local-dir
 
     config.select = ml_collections.ConfigDict()
     config.select.history = 8  # earlier stages whose scores normalise a prompt's rewards [eval.history_cnt]
@@ -156,7 +157,7 @@ def shapes():
     config.train.trajectories_per_update = 32  # a stage keeps about 65 samples: 3 updates per epoch
     config.train.accumulate_over = "epoch"
     config.train.log_prob = "sum"  # the brake that the larger rate needs: the joint density's ratio,
-    config.train.clip_range = 0.2  # with PPO's clip; 0.1 of the mean is no brake (README, Brakes)
+    config.train.clip_range = 0.2  # with PPO's clip; 0.1 of the mean is no brake (docs/algorithms.md)
     config.evaluate.images_per_prompt = 24
     config.evaluate.lpips = False  # its network needs pictures of 64x64 at least
     config.evaluate.inception_score = False  # tells photographs apart, not shapes

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny_flux
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -96,6 +97,106 @@ def test_two_processes_are_one(tmp_path):
     for mine, other in zip(read(one / "metrics.jsonl"), read(two / "metrics.jsonl"), strict=True):
         for key in set(same) & set(mine):
             assert mine[key] == pytest.approx(other[key], rel=0.02, abs=1e-3), key
+
+
+PARTS = """
+import sys
+import torch
+from b2diffurl.errors import UserError
+from b2diffurl.models import Models
+from b2diffurl.run import processes
+from b2diffurl.run.command import parse
+
+config = parse(sys.argv)[0]
+cond, gradients, mine = None, {}, 3 - 2 * processes.rank()
+for sharded in (False, True):
+    config.sharded = sharded
+    loaded = Models(config)
+    cond = cond or loaded.family.embed(["a red circle"])
+    policy, lora = loaded.trainable()
+    for name, own in sorted(lora.items()):  # not of the kind that starts at 0, so that all gradients are there
+        torch.nn.init.normal_(own, 0, 0.1, generator=torch.Generator().manual_seed(own.numel()))
+    with policy.together(backward=True):
+        for k in range(mine):
+            x = torch.randn(1, *loaded.family.latent_shape, generator=torch.Generator().manual_seed(k))
+            mean, _ = policy.transition(x, torch.tensor([k]), cond)
+            mean.square().sum().backward()
+    gradients[sharded] = [own.grad for own in lora.values()]
+    with torch.no_grad(), policy.pretrained(), policy.together():
+        for k in range(mine):
+            policy.transition(x, torch.tensor([k]), cond)
+    try:
+        with policy.together(), torch.no_grad():
+            if processes.rank():
+                raise UserError("mine")
+            policy.transition(x, torch.tensor([1]), cond)
+    except UserError:
+        print("refused")
+    frozen = [own for own in policy.denoiser.parameters() if not own.requires_grad]
+    held = sum(own.to_local().numel() if sharded else own.numel() for own in frozen)
+    print("sharded" if sharded else "whole", processes.rank(), held, sum(own.numel() for own in frozen))
+same = all(torch.equal(a, b) for a, b in zip(gradients[False], gradients[True]))
+print("gradients", processes.rank(), same, all(bool(own.abs().max() > 0) for own in gradients[True]))
+"""
+TINY_FLUX = (
+    "sample.num_steps=4", "sample.resolution=16", "pretrained.max_sequence_length=8", "schedule.left=2",
+    "schedule.right=3", "sample.groups=3", "sample.branches=3", "schedule.stage_count=1", "train.clip_range=9",
+    "train.trajectories_per_update=4", "train.batch_size=2", "sample.batch_size=2", "exp_name=t",
+    "select.pos_threshold=-9", "select.neg_threshold=9", "evaluate.images_per_prompt=1", "evaluate.num_steps=2",
+    "evaluate.lpips=False", "evaluate.inception_score=False", "reward.model=local-dir:model/shapes/clip",
+    "reward.weights=", "prompts.train=prompts/shapes_attribute_train.json", "mixed_precision=no",
+    "prompts.test=prompts/shapes_attribute_test.json", "train.adam_epsilon=0.01", "train.learning_rate=0.1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def flux_flags(tmp_path_factory):
+    pipeline = tiny_flux.write(tmp_path_factory.mktemp("flux"))
+    return [f"--config.{setting}" for setting in (*TINY_FLUX, f"pretrained.model={pipeline}")]
+
+
+def test_a_sharded_denoiser_computes_as_the_whole_one(flux_flags, tmp_path):
+    """With three calls in one process and one in the other, of which each holds half of the weights."""
+    (tmp_path / "parts.py").write_text(PARTS)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "parts.py",
+         "--config", "config/stage_process.py:flux", *flux_flags],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    held = {(line[0], line[1]): (int(line[2]), int(line[3])) for line in lines if line[0] in ("whole", "sharded")}
+    for rank in "01":
+        assert held["whole", rank][0] == held["whole", rank][1] == held["sharded", rank][1]
+        assert ["gradients", rank, "True", "True"] in lines
+    own = [held["sharded", rank][0] for rank in "01"]
+    assert sum(own) == held["whole", "0"][1]
+    assert max(own) < 0.6 * sum(own)
+    assert lines.count(["refused"]) == 2
+
+
+def test_a_sharded_run_is_the_whole_one(flux_flags, tmp_path):
+    """The preset for FLUX under the configuration that is shipped, on two processes of the CPU; one without shards."""
+    config = parse(["x", "--config", "config/stage_process.py:flux", *flux_flags, f"--config.save_path={tmp_path}"])[0]
+    loop.main(config)
+    launch = "accelerate launch --config_file config/accelerate/one_machine.yaml --num_processes 2 --cpu"
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "PRESET": "flux", "LAUNCH": launch, "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    flags = [*flux_flags, f"--config.save_path={tmp_path / 'two'}", "--config.sharded=True"]
+    done = subprocess.run(
+        ["bash", "run_process.sh", *flags], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "FSDP" not in done.stderr
+    last = "t/stage0/checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
+    ours, theirs = load_file(tmp_path / last), load_file(tmp_path / "two" / last)
+    moved = torch.cat([ours[name].flatten() for name in ours if "lora_B" in name])
+    off = torch.cat([(theirs[name] - ours[name]).flatten() for name in ours if "lora_B" in name])
+    assert moved.abs().max() > 1e-3
+    assert off.norm() < 0.02 * moved.norm()  # rounding, and pixels that it moves
+    assert (tmp_path / "two/t/eval.json").exists()
 
 
 ORPHAN = """

@@ -70,6 +70,17 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(pipeline):
     assert "denoiser" not in vars(family)
 
 
+def test_a_part_of_the_weights_and_two_whole_blocks():
+    class Block(torch.nn.Linear):
+        pass
+
+    denoiser = torch.nn.Sequential(Block(3, 5), Block(4, 5), torch.nn.Linear(10, 10), Block(2, 5))
+    denoiser._no_split_modules = ["Block"]
+    total = 4 * (20 + 25 + 110 + 15)
+    assert memory.own_part(denoiser, 1) == total
+    assert memory.own_part(denoiser, 4) == total // 4 + 4 * (20 + 25)
+
+
 def test_the_table_of_a_preset():
     lines = table(configure("sd3.5")).splitlines()
     figures = {line[:52].strip(): float(line[52:].split()[0]) for line in lines}

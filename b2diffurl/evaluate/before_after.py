@@ -110,15 +110,17 @@ def generate(loaded, lists, checkpoint, label):
     images = {name: [] for name in names}
     steps = config.sample.num_steps
     mine = wanted[processes.share(len(wanted))]
-    for first in tqdm(range(0, len(mine), config.sample.batch_size), desc=f"images {label}", leave=False, disable=None):
-        batch = mine[first : first + config.sample.batch_size]
-        seeds = [stream_seed(config.evaluate.seed, "evaluation", prompt, i) for _, prompt, i in batch]
-        noise = torch.stack([stream_noise(seed, steps + 1, loaded.family.latent_shape) for seed in seeds])
-        noise = noise.to(policy.device, non_blocking=True)
-        cond = to_device(take(embeds, [distinct.index(prompt) for _, prompt, _ in batch]), policy.device)
-        states, _ = denoise(policy, policy.initial(noise[:, 0]), cond, noise[:, 1:], range(steps))
-        for (name, _, _), picture in zip(batch, loaded.family.decode(states[-1]).cpu(), strict=True):
-            images[name].append(Image.fromarray(picture.numpy()))
+    with policy.together():
+        firsts = range(0, len(mine), config.sample.batch_size)
+        for first in tqdm(firsts, desc=f"images {label}", leave=False, disable=None):
+            batch = mine[first : first + config.sample.batch_size]
+            seeds = [stream_seed(config.evaluate.seed, "evaluation", prompt, i) for _, prompt, i in batch]
+            noise = torch.stack([stream_noise(seed, steps + 1, loaded.family.latent_shape) for seed in seeds])
+            noise = noise.to(policy.device, non_blocking=True)
+            cond = to_device(take(embeds, [distinct.index(prompt) for _, prompt, _ in batch]), policy.device)
+            states, _ = denoise(policy, policy.initial(noise[:, 0]), cond, noise[:, 1:], range(steps))
+            for (name, _, _), picture in zip(batch, loaded.family.decode(states[-1]).cpu(), strict=True):
+                images[name].append(Image.fromarray(picture.numpy()))
     found = processes.gather(images)
     return {name: [image for own in found for image in own[name]] for name in names}
 

@@ -7,6 +7,7 @@ import torch
 
 from ..errors import UserError
 from ..run.processes import device
+from . import sharding
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMMITS = {  # a commit that is in the cache is loaded without a request, and cannot change during a run
@@ -73,6 +74,16 @@ def _read(reader, config, subfolder, **options):
 
 def load_frozen(loader, config, subfolder, dtype=None):
     """The same for a network: frozen, in dtype or the run's precision, on the run's device."""
-    model = load(loader, config, subfolder, torch_dtype=dtype or DTYPES[config.mixed_precision])
+    model = _frozen(loader, config, subfolder, dtype)
     # channels_last is the layout that the fast convolutions of CPU and GPU want; it moves no number
-    return model.to(device(), memory_format=torch.channels_last).requires_grad_(False).eval()
+    return model.to(device(), memory_format=torch.channels_last)
+
+
+def load_sharded(loader, config, subfolder):
+    """The same in parts, one on the device of every process: see sharding.py."""
+    return sharding.shard(_frozen(loader, config, subfolder))
+
+
+def _frozen(loader, config, subfolder, dtype=None):
+    model = load(loader, config, subfolder, torch_dtype=dtype or DTYPES[config.mixed_precision])
+    return model.requires_grad_(False).eval()

@@ -35,9 +35,7 @@ def load(denoiser, folder):
             )
             _trainable(denoiser)
         lora = parameters(denoiser)
-        names = {
-            f"{_component(denoiser)}.{name.replace('.default.', '.')}": parameter for name, parameter in lora.items()
-        }
+        names = {f"{_component(denoiser)}.{name}": parameter for name, parameter in _as_stored(lora).items()}
         if foreign := names.keys() ^ stored.keys():  # diffusers passes over what it does not know
             raise ValueError(f"{min(foreign)} is in one of them only")
         for (
@@ -53,6 +51,11 @@ def load(denoiser, folder):
 def parameters(denoiser):
     """{name: parameter} of the attached LoRA."""
     return {name: parameter for name, parameter in denoiser.named_parameters() if ".lora_" in name}
+
+
+def _as_stored(lora):
+    """The same by the names of LoRA files, without the adapter's."""
+    return {name.replace(".default.", "."): parameter for name, parameter in lora.items()}
 
 
 def switch(denoiser, on):
@@ -109,13 +112,12 @@ def save(denoiser, folder, metadata=None):
     metadata: {name: text} for the file's header, which loaders pass over.
     """
     from diffusers.loaders.lora_pipeline import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
-    from peft.utils import get_peft_model_state_dict
 
     component = _component(denoiser)
     loader = StableDiffusionLoraLoaderMixin if component == "unet" else SD3LoraLoaderMixin
     loader.save_lora_weights(
         os.fspath(folder),
-        **{f"{component}_lora_layers": get_peft_model_state_dict(denoiser)},
+        **{f"{component}_lora_layers": _as_stored(parameters(denoiser))},
         save_function=lambda weights, path: storage.write_tensors(
             pathlib.Path(path), weights, {"format": "pt", **(metadata or {})}
         ),

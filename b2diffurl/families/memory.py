@@ -7,7 +7,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from . import lora
+from ..run import processes
+from . import lora, sharding
 from .loading import DTYPES, load_geometry
 
 
@@ -57,12 +58,15 @@ class FlashAttention(TorchFunctionMode):
 def count(family, config):
     """Bytes of {"weights", "lora", "activations"} of training with batch_size 1: the denoiser's, for one transition.
 
-    weights: in the run's precision. lora: float32, with its gradient and AdamW's two moments. activations: what is kept
-    for the backward pass, both halves of guidance together, at most at one time; with train.gradient_checkpointing
-    that is while one block is computed again. VAE, reward and what the allocator wastes come on top.
+    weights: in the run's precision; with config.sharded this process's part, and the two largest blocks whole: one
+    that computes, one that is gathered meanwhile. lora: float32, with its gradient and AdamW's two moments.
+    activations: what is kept for the backward pass, both halves of guidance together, at most at one time; with
+    train.gradient_checkpointing that is while one block is computed again. VAE, reward and what the allocator wastes
+    come on top.
     """
     denoiser = load_geometry(family.denoiser_class(), config, family.component, DTYPES[config.mixed_precision])
     weights = [*denoiser.requires_grad_(False).parameters()]
+    kept = own_part(denoiser, processes.size() if config.sharded else 1)
     trained = lora.add(denoiser, family.lora_targets, config.train.lora_rank, seed=0).values()
     if config.train.gradient_checkpointing:  # reentrant: what is computed again passes through our hooks too
         denoiser.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=True))
@@ -73,10 +77,22 @@ def count(family, config):
     with FlashAttention(), hooks:
         family.predict(denoiser, latents, latents.new_zeros(1), cond, cond, 5.0).sum().backward()
     return {
-        "weights": sum(own.nbytes for own in weights),
+        "weights": kept,
         "lora": 4 * 4 * sum(own.numel() for own in trained),
         "activations": saved.peak,
     }
+
+
+def own_part(denoiser, parts):
+    """Bytes of the weights that a process holds at a time, of so many parts."""
+    total = _bytes(denoiser)
+    if parts == 1:
+        return total
+    return total // parts + sum(sorted(map(_bytes, sharding.blocks(denoiser)))[-2:])
+
+
+def _bytes(module):
+    return sum(own.nbytes for own in module.parameters())
 
 
 def require(family, config, available):
@@ -88,5 +104,6 @@ def require(family, config, available):
         raise UserError(
             f"config.train.batch_size={batch}: training {config.pretrained.model} takes "
             f"{sum(sizes.values()) / 2**30:.1f} GiB ({parts}), this GPU has {available / 2**30:.1f}; a smaller one, "
-            "config.train.gradient_checkpointing=True or a smaller config.sample.resolution takes less"
+            "config.train.gradient_checkpointing=True, a smaller config.sample.resolution, or several GPUs with "
+            "config.sharded=True take less"
         )

@@ -7,9 +7,10 @@ import torch
 from ..ddim import DDIM
 from ..errors import UserError
 from ..guidance import guided
+from ..run import processes
 from ..run.config import read_prompts
 from ..run.processes import device
-from .loading import load, load_frozen, load_geometry
+from .loading import load, load_frozen, load_geometry, load_sharded
 
 DECODED_LATENT_PIXELS = 8 * 64 * 64  # latent pixels that the VAE decodes at once: eight 512x512 pictures
 
@@ -34,7 +35,8 @@ class StableDiffusion:
     @functools.cached_property
     def denoiser(self):
         """The network that is trained, frozen, in the run's precision, on the run's device."""
-        return load_frozen(self.denoiser_class(), self.config, self.component)
+        loading = load_sharded if self.config.sharded and processes.size() > 1 else load_frozen
+        return loading(self.denoiser_class(), self.config, self.component)
 
     @functools.cached_property
     def geometry(self):

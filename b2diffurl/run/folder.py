@@ -23,6 +23,7 @@ FREE = (
     "stage",
     "one_process",
     "keep.",
+    "sharded",
     "log_with",
     "save_path",
     "sample.batch_size",

@@ -44,8 +44,9 @@ def main(config, started=None, loaded=None):
 
     def work():
         own = rows[groups.start * plan.images : groups.stop * plan.images]
-        if own:
-            tensors.update(_denoise(config, policy, plan, own, take(cond, of_group[groups]), folder))
+        with policy.together():
+            if own:
+                tensors.update(_denoise(config, policy, plan, own, take(cond, of_group[groups]), folder))
 
     with storage.fresh_folder(run.stage / "images") as folder:
         processes.agree(work)
