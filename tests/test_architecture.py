@@ -19,7 +19,7 @@ LEVELS = (  # imports go to earlier levels, or stay within the room; shapes, the
     "policy rewards",
     "models update",
     "evaluate",
-    "report bench when_decided",
+    "report export bench when_decided",
     "stages",
     "study",
 )

@@ -1,0 +1,1 @@
+"""Taking a LoRA elsewhere: in kohya's form, with a model card, to the hub."""

@@ -1,0 +1,74 @@
+"""`python -m b2diffurl.export CHECKPOINT --out FILE [--format diffusers|kohya] [--card] [--push USER/NAME]`
+
+Writes the LoRA of a checkpoint folder (stage<i>/checkpoints/checkpoint_1 of a run) as one file for other programs.
+--card puts a model card, README.md, and the run's before_after.png beside it; --push uploads all that to the hub.
+"""
+
+import argparse
+import pathlib
+import shutil
+import sys
+
+from ..errors import UserError
+from ..run.storage import read_tensors, write_tensors
+
+NAME = "pytorch_lora_weights.safetensors"  # of the LoRA in a checkpoint folder
+
+
+def export(checkpoint, out, form):
+    """Write the checkpoint folder's LoRA to the file `out` in a form: diffusers or kohya. Raises UserError."""
+    from safetensors import safe_open
+
+    source = checkpoint / NAME
+    lora = read_tensors(source, "run_train.py")
+    with safe_open(source, "pt") as stored:
+        metadata = stored.metadata()
+    if form == "kohya":
+        from .kohya import convert
+
+        ranks = {len(matrix) for name, matrix in lora.items() if ".lora_A." in name}
+        lora, network = convert(lora), {"ss_network_module": "networks.lora"}
+        metadata |= network | {f"ss_network_{name}": str(max(ranks)) for name in ("dim", "alpha")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(out, lora, metadata)
+
+
+def push(repository, files):
+    """Upload files to the root of a hub repository, which is made where it is not there yet."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, exist_ok=True)
+    for path in files:
+        api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repository)
+
+
+def main(arguments):
+    """What the command does; arguments: see the parser below. Raises UserError."""
+    checkpoint, out = arguments.checkpoint, arguments.out
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: must be a file that ends in .safetensors")
+    export(checkpoint, out, arguments.format)
+    files = [out]
+    if arguments.card:
+        from . import card
+
+        stage = checkpoint.resolve().parents[1]
+        pictures = card.write(stage.parent, int(stage.name.removeprefix("stage")), out.name, out.parent / "README.md")
+        files += [out.parent / "README.md", *(pathlib.Path(shutil.copy(path, out.parent)) for path in pictures)]
+    if arguments.push:
+        push(arguments.push, files)
+    print("\n".join(map(str, files)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m b2diffurl.export", description=__doc__.split("\n\n")[1])
+    parser.add_argument("checkpoint", type=pathlib.Path, help="a run's stage<i>/checkpoints/checkpoint_1")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="the file to write")
+    parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers", help="of the file")
+    parser.add_argument("--card", action="store_true", help="write a model card beside it")
+    parser.add_argument("--push", metavar="USER/NAME", help="upload to the hub, with the token of `hf auth login`")
+    try:
+        main(parser.parse_args())
+    except UserError as error:
+        sys.exit(f"export: {error}")

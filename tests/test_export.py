@@ -1,0 +1,151 @@
+"""LoRAs in other programs' forms: read back by diffusers' own readers of them, for the same picture; the model card."""
+
+import argparse
+import json
+import pathlib
+import re
+
+import pytest
+import tiny
+import tiny_flux
+import tiny_sdxl
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from b2diffurl.bench import random_weights
+from b2diffurl.errors import UserError
+from b2diffurl.export import __main__ as command
+from b2diffurl.export import kohya
+from b2diffurl.families import lora
+from b2diffurl.models import Models
+from b2diffurl.run.command import parse
+from b2diffurl.run.folder import flat
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """{kind: (pipeline folder, checkpoint folder)} with random numbers in every matrix."""
+    made = {}
+    for kind in ("sd", "sdxl", "flux"):
+        folder = tmp_path_factory.mktemp(kind)
+        if kind == "sd":
+            random_weights.write_pipeline(folder, torch.float32, tiny.GEOMETRY)
+            pipeline = folder
+        else:
+            pipeline = {"sdxl": tiny_sdxl, "flux": tiny_flux}[kind].write(folder)
+        flags = [f"--config.pretrained.model={pipeline}", "--config.schedule.untrained=1"]
+        loaded = Models(parse(["x", "--config", "config/stage_process.py:shapes", *flags])[0])
+        denoiser = loaded.family.denoiser
+        torch.manual_seed(1)
+        for own in lora.add(denoiser, loaded.family.lora_targets, 2, 0).values():
+            torch.nn.init.normal_(own, 0, 0.3)
+        checkpoint = folder / "run/stage3/checkpoints/checkpoint_1"
+        checkpoint.mkdir(parents=True)
+        lora.save(denoiser, checkpoint, {"base_model": "a/b"})
+        made[kind] = pipeline, checkpoint
+    return made
+
+
+def run(checkpoint, out, form="kohya", card=False, push=None):
+    command.main(argparse.Namespace(checkpoint=checkpoint, out=out, format=form, card=card, push=push))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_the_stock_pipeline_reads_kohyas_form_and_draws_the_same(kind, checkpoints, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    pipeline, checkpoint = checkpoints[kind]
+    out = tmp_path / "new/lora.safetensors"
+    run(checkpoint, out)
+    pictures = []
+    for source in (None, checkpoint, out):
+        options = {"add_watermarker": False} if kind == "sdxl" else {}
+        stock = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True, **options)
+        stock.set_progress_bar_config(disable=True)
+        if source:
+            stock.load_lora_weights(source)
+        drawn = stock("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
+        pictures.append(drawn.images)
+    base, ours, theirs = pictures
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert (ours - base).abs().max() > 1e-3
+
+
+def test_kohyas_names_and_alpha(checkpoints, tmp_path):
+    """The names that a kohya file of each kind has, by its documentation; α is the rank."""
+    for kind, name in (
+        ("sd", r"lora_unet_(down_blocks_\d|mid_block|up_blocks_\d)_attentions_\d_transformer_blocks_0_attn[12]_to_\w+"),
+        ("sdxl", r"lora_unet_((input|output)_blocks_\d_1|middle_block_1)_transformer_blocks_\d_attn[12]_to_\w+"),
+    ):
+        out = tmp_path / f"{kind}.safetensors"
+        run(checkpoints[kind][1], out)
+        found = load_file(out)
+        for key, value in found.items():
+            assert re.fullmatch(rf"{name}\.(lora_down\.weight|lora_up\.weight|alpha)", key), key
+            if key.endswith("alpha"):
+                assert value.item() == 2
+        assert 3 * len(load_file(checkpoints[kind][1] / "pytorch_lora_weights.safetensors")) == 2 * len(found)
+        with safe_open(out, "pt") as stored:
+            assert stored.metadata()["ss_network_dim"] == "2"
+            assert stored.metadata()["base_model"] == "a/b"
+
+
+def test_sdxl_layers_by_stabilitys_names():
+    """Against the places of SDXL's attention in Stability's code: input 4, 5, 7, 8; middle; output 0 to 5."""
+    layers = [f"down_blocks.{block}.attentions.{layer}" for block in (1, 2) for layer in (0, 1)]
+    layers += ["mid_block.attentions.0", *(f"up_blocks.{b}.attentions.{n}" for b in (0, 1) for n in (0, 1, 2))]
+    rest = ".transformer_blocks.0.attn1.to_q.lora_A.weight"
+    found = kohya.convert({f"unet.{layer}{rest}": torch.zeros(2, 3) for layer in layers})
+    blocks = [key.split("_transformer")[0].removeprefix("lora_unet_") for key in found if "lora_down" in key]
+    assert blocks == [
+        *(f"input_blocks_{n}_1" for n in (4, 5, 7, 8)), "middle_block_1", *(f"output_blocks_{n}_1" for n in range(6))
+    ]  # fmt: skip
+
+
+def test_diffusers_form_is_the_checkpoints_own(checkpoints, tmp_path):
+    _, checkpoint = checkpoints["flux"]
+    run(checkpoint, tmp_path / "l.safetensors", "diffusers")
+    assert (tmp_path / "l.safetensors").read_bytes() == (checkpoint / command.NAME).read_bytes()
+
+
+def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path):
+    with pytest.raises(UserError, match="kohya's form is for UNets"):
+        run(checkpoints["flux"][1], tmp_path / "l.safetensors")
+    with pytest.raises(UserError, match="must be a file that ends in"):
+        run(checkpoints["sd"][1], tmp_path)
+    with pytest.raises(UserError, match="missing"):
+        run(tmp_path, tmp_path / "l.safetensors")
+
+
+def test_card(checkpoints, tmp_path, monkeypatch):
+    """Front matter as the hub reads it, the run's settings, its results, how to load; pushed file by file."""
+    _, checkpoint = checkpoints["sd"]
+    folder = checkpoint.parents[2]
+    config = parse(["x", "--config", "config/stage_process.py:sdv1.4"])[0]
+    (folder / "config.json").write_text(json.dumps(flat(config)))
+    row = {"prompts": "train", "images": 8, "images_sha256": "", "reward_interval": [0, 1]}
+    results = [{**row, "model": model, "reward": reward} for model, reward in (("before", 0.25), ("after", 0.75))]
+    (folder / "eval.json").write_text(json.dumps({"settings": {}, "results": results}))
+    (folder / "before_after.png").write_bytes(b"png")
+    sent = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, exist_ok: sent.append(name))
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_file",
+        lambda self, path_or_fileobj, path_in_repo, repo_id: sent.append(path_in_repo),
+    )
+    run(checkpoint, tmp_path / "card/l.safetensors", "diffusers", card=True, push="me/mine")
+    assert sent == ["me/mine", "l.safetensors", "README.md", "before_after.png"]
+    text = (tmp_path / "card/README.md").read_text()
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(text)
+    assert card.data.base_model == "CompVis/stable-diffusion-v1-4"
+    assert card.data.library_name == "diffusers"
+    assert "| stages | 4 |" in text
+    assert "| reward queries | 5120 |" in text
+    assert "0.750 [0.000, 1.000]" in text
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert 'weight_name="l.safetensors"' in code
+    assert pathlib.Path(tmp_path / "card/before_after.png").read_bytes() == b"png"
