@@ -70,8 +70,10 @@ def sdv1_4():
 
     config.reward = ml_collections.ConfigDict()
     config.reward.name = "clip"  # clip | bertscore | aesthetic | pickscore | hpsv2 | jpeg_compressibility |
-    # jpeg_incompressibility | package.module:function of your own | a mix such as "clip:1.0 + aesthetic:0.2"
+    # jpeg_incompressibility | package.module:function of your own | http://HOST:PORT/PATH (docs/rewards.md) | a mix
+    # such as "clip:1.0 + aesthetic:0.2"
     config.reward.batch_size = 32  # images per reward call [8]
+    config.reward.timeout = 300.0  # seconds that a server may take for one
     config.reward.model = "ViT-H-14"  # of clip and of the diversity measure: an OpenCLIP architecture or local-dir:DIR
     config.reward.weights = "laion2b_s32b_b79k"  # its weights' tag, or "" with local-dir
     config.reward.llava_model = "llava-hf/llava-1.5-7b-hf"  # of bertscore: describes the image; hub id or folder

@@ -1,9 +1,13 @@
 """Every reward's own loading code on a tiny model of its real class, and the mix."""
 
+import http.server
+import importlib.util
 import io
 import json
 import pathlib
 import shutil
+import socket
+import threading
 
 import numpy as np
 import pytest
@@ -13,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from b2diffurl.errors import UserError
-from b2diffurl.rewards import Reward, load_reward
+from b2diffurl.rewards import Reward, load_reward, remote
 from b2diffurl.run.command import parse
 from b2diffurl.run.config import reward_terms
+
+spec = importlib.util.spec_from_file_location("reward_server", "docs/reward_server.py")
+reference = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reference)
 
 PROMPTS = ["a red circle", "a blue ring", "a red circle", "a long green cross above a cyan square", "a ring"]
 SAID = "image answer concisely what is going on in this blue square"
@@ -245,6 +253,74 @@ def test_descriptions_do_not_depend_on_the_batch(describers):
     assert scores.isfinite().all()
 
 
+class Judge(http.server.BaseHTTPRequestHandler):
+    """Answers as the test's list says, then as the reference server does."""
+
+    answers = ()
+
+    def do_POST(self):
+        if self.answers:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, text = self.answers.pop(0)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text)
+        else:
+            reference.Handler.do_POST(self)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """The URL of a server that answers with Judge."""
+    monkeypatch.setattr(remote, "WAITS", (0, 0))
+    Judge.answers = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{made.server_port}/score"
+        made.shutdown()
+
+
+def grey(*values):
+    return [Image.new("RGB", (4, 4), (value,) * 3) for value in values]
+
+
+def test_a_servers_scores_are_of_the_very_images_in_order_and_batches(server):
+    reward = load(f"--config.reward.name={server}", "--config.reward.batch_size=2")
+    found, _ = reward.score(grey(0, 51, 102, 153, 204), ["p"] * 5)
+    assert found.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+
+
+def test_a_server_that_comes_back_is_asked_again(server):
+    Judge.answers = [(503, b"starting"), (429, b"busy")]
+    assert remote.Remote(server, 8, 5)(grey(51), ["p"]) == pytest.approx([0.2])
+
+
+@pytest.mark.parametrize(("answers", "message"), [
+    ([(503, b"down")] * 3, r"did not score 1 images \(HTTP 503: down\)"),
+    ([(400, b"no such field")], r"did not score 1 images \(HTTP 400: no such field\)"),
+    ([(200, b"hello")], r"must answer .* it said b'hello'"),
+    ([(200, b'{"scores": [1, 2]}')], "2 scores for 1 images"),
+    ([(200, b'{"scores": 1}')], "must answer"),
+])  # fmt: skip
+def test_a_server_that_is_wrong_is_one_line(server, answers, message):
+    Judge.answers = [*answers]
+    with pytest.raises(UserError, match=message):
+        remote.Remote(server, 8, 5)(grey(51), ["p"])
+
+
+def test_a_server_that_is_not_there_or_silent_is_one_line(server):
+    with pytest.raises(UserError, match=r"did not score 1 images .*refused"):
+        remote.Remote("http://127.0.0.1:9/score", 8, 5)(grey(51), ["p"])
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(UserError, match="timed out"):
+            remote.Remote(f"http://127.0.0.1:{silent.getsockname()[1]}/", 8, 0.05)(grey(51), ["p"])
+
+
 def test_jpeg_size():
     flat, noisy = Image.new("RGB", (64, 64), "grey"), images(64)[0]
     stream = io.BytesIO()
@@ -262,6 +338,9 @@ def test_jpeg_size():
         ("clip:1.0 + aesthetic:0.2", [("clip", 1.0), ("aesthetic", 0.2)]),
         ("a.b:c", [("a.b:c", 1.0)]),
         ("a.b:c:-2e-1+clip", [("a.b:c", -0.2), ("clip", 1.0)]),
+        ("http://a:80/b", [("http://a:80/b", 1.0)]),
+        ("https://a:80", [("https://a:80", 1.0)]),
+        ("http://a:80/b:0.5 + clip", [("http://a:80/b", 0.5), ("clip", 1.0)]),
         ("clip:1e+1 + jpeg_compressibility:2", [("clip", 10.0), ("jpeg_compressibility", 2.0)]),
     ],
 )

@@ -1,7 +1,7 @@
 """Rewards: one file each, one common call `reward(images, prompts) -> (N,)`, higher is better.
 
 images are N PIL images, prompts N strings. config.reward.name is one of configuration.REWARDS, your own
-"package.module:function", or a weighted mix of them: "clip:1.0 + aesthetic:0.2".
+"package.module:function", a server's URL, or a weighted mix of them: "clip:1.0 + aesthetic:0.2".
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import importlib
 import torch
 
 from ..errors import UserError
-from ..run.config import reward_terms
+from ..run.config import is_url, reward_terms
 
 
 class Reward:
@@ -81,6 +81,10 @@ def _load(name, config, device):
         from .hpsv2 import HpsV2
 
         return HpsV2(reward.hpsv2_model, reward.hpsv2_weights, **where)
+    if is_url(name):
+        from .remote import Remote
+
+        return Remote(name, reward.batch_size, reward.timeout)
     if name.startswith("jpeg_"):
         from . import jpeg
 

@@ -37,6 +37,7 @@ AT_LEAST = {
 ABOVE_0 = (
     "sample.eta", "sample.noise_level", "train.learning_rate", "train.clip_range", "train.max_grad_norm",
     "train.adv_clip", "train.dpo_beta", "train.value_learning_rate",
+    "reward.timeout",
 )  # fmt: skip
 FINITE = (
     "sample.guidance_scale", "select.pos_threshold", "select.neg_threshold", "train.positive_weight",
@@ -114,15 +115,25 @@ def _require(condition, field, value, wanted):
 
 
 def reward_terms(name):
-    """ "clip:1.0 + aesthetic:0.2" -> [("clip", 1.0), ("aesthetic", 0.2)]; a term without a weight has 1."""
+    """ "clip:1.0 + aesthetic:0.2" -> [("clip", 1.0), ("aesthetic", 0.2)]; a term without a weight has 1.
+
+    What follows the last colon of a URL is a weight only after a path: http://host:8000 has a port.
+    """
     terms = []
     for term in re.split(r"\+(?=\s*[A-Za-z_])", name):  # not the + of 1e+3
         head, colon, tail = term.strip().rpartition(":")
+        if is_url(term.strip()) and "/" not in head.partition("//")[2]:
+            head, colon, tail = "", "", term.strip()
         try:
             terms.append((head.strip(), float(tail)) if colon else (tail, 1.0))
         except ValueError:  # package.module:function
             terms.append((term.strip(), 1.0))
     return terms
+
+
+def is_url(name):
+    """Whether a reward is a server's."""
+    return name.startswith(("http://", "https://"))
 
 
 def _check_reward(reward):
@@ -132,10 +143,11 @@ def _check_reward(reward):
         _require(math.isfinite(weight), "reward.name", whole, f"the weight of {name!r} must be a finite number")
         module, colon, function = name.partition(":")
         try:
-            found = name in REWARDS or (colon and function and importlib.util.find_spec(module))
+            found = name in REWARDS or is_url(name) or (colon and function and importlib.util.find_spec(module))
         except (ImportError, ValueError):
             found = False
-        wanted = f'{name!r} must be one of {", ".join(REWARDS)} or "package.module:function" that Python can import'
+        wanted = f"{name!r} must be one of {', '.join(REWARDS)}, http://HOST:PORT/PATH "
+        wanted += 'or "package.module:function" that Python can import'
         _require(found, "reward.name", whole, wanted)
         if name in WEIGHTS and not (name == "hpsv2" and reward.hpsv2_model.startswith("local-dir:")):
             setting, source = WEIGHTS[name]

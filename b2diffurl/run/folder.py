@@ -28,6 +28,7 @@ FREE = (
     "save_path",
     "sample.batch_size",
     "reward.batch_size",
+    "reward.timeout",
     "train.batch_size",
     "train.gradient_checkpointing",
     "prompts.test",

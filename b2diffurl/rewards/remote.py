@@ -1,0 +1,73 @@
+"""A reward that another process computes, over HTTP: a VLM judge, a model with other packages, a machine of its own.
+
+A POST of {"prompts": [N strings], "images": [N PNGs in base64]} is answered with {"scores": [N numbers]}, by any other
+status or text with an error. docs/rewards.md has the protocol and a server.
+"""
+
+import base64
+import http.client
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+
+from ..errors import UserError
+
+WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another try: a server that starts again or is busy answers within them
+
+
+class Remote:
+    """A server's judgement; reward(images, prompts) -> N numbers, batch_size images per request."""
+
+    def __init__(self, url, batch_size, timeout):
+        self.url, self.batch_size, self.timeout = url, batch_size, timeout
+
+    def __call__(self, images, prompts):
+        """N PIL images and their prompts -> [N numbers]. Raises UserError where the server has no answer that fits."""
+        found = []
+        for first in range(0, len(images), self.batch_size):
+            batch = slice(first, first + self.batch_size)
+            found += self._ask(images[batch], prompts[batch])
+        return found
+
+    def _ask(self, images, prompts):
+        body = json.dumps({"prompts": prompts, "images": [_png(image) for image in images]}).encode()
+        for wait in (*WAITS, None):
+            try:
+                return self._scores(self._post(body), len(prompts))
+            except urllib.error.HTTPError as error:
+                said = f"HTTP {error.code}: {error.read(200).decode(errors='replace').strip()}"
+                if error.code < 500 and error.code != 429:  # the request is wrong, and will be the next time
+                    break
+            except (OSError, http.client.HTTPException) as error:  # nobody there, or no answer within the time
+                said = str(getattr(error, "reason", error))
+            if wait is not None:
+                time.sleep(wait)
+        raise UserError(
+            f"config.reward.name: {self.url} did not score {len(prompts)} images ({said}); nothing was written; mend "
+            "the server and run the same command again"
+        )
+
+    def _post(self, body):
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+            return answer.read()
+
+    def _scores(self, answer, count):
+        try:
+            scores = [float(score) for score in json.loads(answer)["scores"]]
+            if len(scores) != count:
+                raise ValueError(f"{len(scores)} scores for {count} images")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f'config.reward.name: {self.url} must answer {{"scores": [{count} numbers]}}: {error}; it said '
+                f"{answer[:80]!r}"
+            ) from None
+        return scores
+
+
+def _png(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
