@@ -9,7 +9,8 @@ import pytest
 
 from b2diffurl.errors import UserError
 from b2diffurl.evaluate import before_after
-from b2diffurl.report import page
+from b2diffurl.report import __main__ as command
+from b2diffurl.report import compare, page
 from b2diffurl.run.command import parse
 from b2diffurl.run.folder import checkpoint_of, versions
 from b2diffurl.run.metrics import read
@@ -130,3 +131,68 @@ def test_pictures_that_were_deleted_leave_the_rest(run, tmp_path):
     tags = written(folder)
     assert "Branch groups" not in tags.text
     assert "Before and after" in tags.text
+
+
+@pytest.fixture(scope="module")
+def several(run, tmp_path_factory):
+    """The run; another seed of it, with other results; and one of another learning rate, which is not over."""
+    folder = tmp_path_factory.mktemp("several")
+    made = [folder / name for name in ("first", "<b2>second", "third")]
+    for number, path in enumerate(made):
+        shutil.copytree(run, path)
+        settings = json.loads((path / "config.json").read_text()) | {"exp_name": path.name}
+        settings |= [{}, {"seed": 7}, {"train.learning_rate": 0.5}][number]
+        (path / "config.json").write_text(json.dumps(settings))
+        found = json.loads((path / "eval.json").read_text())
+        for row in found["results"]:
+            row["reward"] = {"before": 0.1, "after": 0.5 + 0.1 * number}[row["model"]]
+        (path / "eval.json").write_text(json.dumps(found))
+    (made[2] / "eval.json").unlink()
+    (made[2] / "before_after.png").unlink()
+    return made
+
+
+def test_several_runs_on_one_page(several, tmp_path):
+    """Nothing is requested, names are text, settings that differ are there and no others, seeds are one row."""
+    out = command.main(several, tmp_path / "compare.html")
+    tags = Tags()
+    tags.feed(out.read_text())
+    for tag, attributes in tags.seen:
+        assert tag not in ("script", "iframe", "object", "embed", "b2")
+        assert attributes.get("src", "data:").startswith("data:")
+        assert tag != "img" or attributes["alt"]
+    assert "<b2>second" in tags.text
+    assert "train.learning_rate" in tags.text
+    assert "select.history" not in tags.text
+    assert "first, <b2>second (seeds 300, 7)" in tags.text
+    assert "0.100 → 0.550 [-0.085, 1.185]" in tags.text  # t with one degree of freedom: 12.706 times 0.05
+    images = [attributes["alt"] for tag, attributes in tags.seen if tag == "img"]
+    assert len([name for name in images if name.startswith("Reward by")]) == 3
+    assert len([name for name in images if name.startswith("pictures of")]) == 2
+
+
+def test_settings_that_differ_are_named_once():
+    assert compare.differences([{"a": 1, "b": [1], "exp_name": "x"}, {"a": 1, "b": [2], "exp_name": "y", "c": 0}]) == [
+        ("b", [[1], [2]]), ("c", ["-", 0])
+    ]  # fmt: skip
+
+
+def test_what_a_figure_cost_is_what_was_spent_until_its_images_were_scored():
+    records = [
+        {"stage": 0, "step": "sample", "time_s": 30, "perf/unet_evals": 10},
+        {"stage": 0, "step": "select", "time_s": 6, "reward/mean": 0.2, "reward/queries": 4},
+        {"stage": 0, "step": "train", "time_s": 24, "perf/unet_evals": 5},
+        {"stage": 1, "step": "sample", "time_s": 30, "perf/unet_evals": 12},
+        {"stage": 1, "step": "select", "time_s": 6, "reward/mean": 0.3, "reward/queries": 8},
+    ]
+    assert compare.path_of(records, "reward/mean") == {
+        "reward queries": [(4, 0.2), (8, 0.3)], "UNet evaluations": [(10, 0.2), (27, 0.3)],
+        "minutes": [(pytest.approx(0.6), 0.2), (pytest.approx(1.6), 0.3)],
+    }  # fmt: skip
+
+
+def test_several_runs_need_a_page_and_a_run_must_be_there(several, tmp_path):
+    with pytest.raises(UserError, match="give --out"):
+        command.main(several, None)
+    with pytest.raises(UserError, match="no run there"):
+        command.main([several[0], tmp_path], tmp_path / "x.html")

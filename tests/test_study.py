@@ -18,9 +18,10 @@ from PIL import Image
 from b2diffurl import models
 from b2diffurl.errors import UserError
 from b2diffurl.run.config import read_prompts
+from b2diffurl.seeds import further, holm, interval, p_value
 from b2diffurl.shapes.scene import render, sample_scenes
 from b2diffurl.shapes.variety import open_entropy
-from b2diffurl.study import curves, matrix, report, results, runs, statistics
+from b2diffurl.study import curves, matrix, report, results, runs
 from b2diffurl.study.__main__ import assignment
 
 JOB = matrix.Job("ddpo_is", "b2", 101, (("train.learning_rate", 1e-3),))
@@ -155,10 +156,10 @@ def test_entropy_is_nought_for_one_picture_and_nearly_all_of_it_for_random_scene
 
 
 def test_interval_over_seeds():
-    mean, low, high = statistics.interval([0.1, 0.2, 0.3, 0.4, 0.5])
+    mean, low, high = interval([0.1, 0.2, 0.3, 0.4, 0.5])
     assert mean == pytest.approx(0.3)
     assert (low, high) == (pytest.approx(0.1037, abs=1e-3), pytest.approx(0.4963, abs=1e-3))  # from a table of t
-    mean, low, high = statistics.interval([0.7])
+    mean, low, high = interval([0.7])
     assert mean == 0.7
     assert math.isnan(low)
     assert math.isnan(high)
@@ -167,27 +168,27 @@ def test_interval_over_seeds():
 def test_the_mean_is_within_its_interval_19_times_of_20():
     draws = np.random.default_rng(2).normal(5, 2, size=(4000, 5))
     for seeds in (3, 5):
-        spans = [statistics.interval(values[:seeds]) for values in draws]
+        spans = [interval(values[:seeds]) for values in draws]
         assert np.mean([low <= 5 <= high for _, low, high in spans]) == pytest.approx(0.95, abs=0.012)
 
 
 def test_a_paired_test_rejects_what_its_interval_leaves_out():
-    assert statistics.p_value([1.0, 2.0, 4.0]) == pytest.approx(0.1181, abs=1e-4)  # t = 2.646 with 2 degrees
-    assert statistics.p_value([0.0, 0.0]) == 1
+    assert p_value([1.0, 2.0, 4.0]) == pytest.approx(0.1181, abs=1e-4)  # t = 2.646 with 2 degrees
+    assert p_value([0.0, 0.0]) == 1
     for values in np.random.default_rng(3).normal(1, 1, size=(200, 5)):
-        _, low, high = statistics.interval(values)
-        assert (statistics.p_value(values) < 0.05) == (not low <= 0 <= high)
+        _, low, high = interval(values)
+        assert (p_value(values) < 0.05) == (not low <= 0 <= high)
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_falls():
-    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert statistics.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
 
 
 def test_a_further_seed_lands_within_its_interval_19_times_of_20():
     draws = np.random.default_rng(1).normal(5, 2, size=(4000, 6))
     for seeds in (3, 5):
-        spans = [statistics.further(values[:seeds]) for values in draws]
+        spans = [further(values[:seeds]) for values in draws]
         inside = np.mean([low <= value <= high for (low, high), value in zip(spans, draws[:, -1], strict=True)])
         assert inside == pytest.approx(0.95, abs=0.012)
 

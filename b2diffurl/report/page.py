@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import os
 import pathlib
 
@@ -35,6 +36,7 @@ CHARTS = (  # title, what it says, step, {figure: label}, against
 )  # fmt: skip
 STEPS = ("sample", "select", "train")
 GROUPS = 6  # of a stage, shown
+COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
 THUMBNAIL = 160  # pixels, the most that a picture is embedded with
 
 
@@ -45,22 +47,29 @@ def main(folder):
     if not records:
         raise UserError(f"{folder}: no run there (no metrics.jsonl, or an empty one)")
     settings = read(folder / "config.json")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("page.html.j2").render(
-        name=folder.name,
-        status=status(folder, records),
-        charts=charts(records),
-        stages=[sheet(folder / f"stage{stage}", stage) for stage in shown_stages(folder)],
-        evaluation=evaluation(folder),
-        branching=METHODS[settings["method"]].branches if settings else True,
-        settings=settings,
-        versions=read(folder / "versions.json"),
+    page = (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            name=folder.name,
+            status=status(folder, records),
+            charts=charts(records),
+            stages=[sheet(folder / f"stage{stage}", stage) for stage in shown_stages(folder)],
+            evaluation=evaluation(folder),
+            branching=METHODS[settings["method"]].branches if settings else True,
+            settings=settings,
+            versions=read(folder / "versions.json"),
+        )
     )
     aside = folder / "report.html.tmp"
     aside.write_text(page, encoding="utf-8")
     os.replace(aside, folder / "report.html")
+
+
+def environment():
+    """The templates of this folder; what they are given is escaped."""
+    loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
 
 
 def read(path):
@@ -111,7 +120,7 @@ def line_chart(series, across):
 
     figure = Figure(figsize=(4.6, 2.7), layout="constrained")
     axes = figure.add_subplot()
-    for (label, points), colour in zip(series.items(), ("#2563eb", "#d97706", "#059669"), strict=False):
+    for (label, points), colour in zip(series.items(), itertools.cycle(COLOURS)):
         axes.plot(*zip(*sorted(points), strict=True), marker=".", color=colour, label=label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

@@ -5,8 +5,8 @@ import re
 
 import numpy as np
 
+from ..seeds import interval
 from .results import NAMES, cell_of, final_rows, over_lists
-from .statistics import interval
 
 PANELS = (  # across, up: at an equal budget of queries or of compute, and what it costs
     ("queries", "oracle_train"), ("queries", "oracle_test"), ("unet_evals", "oracle_train"),

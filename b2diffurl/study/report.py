@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 
+from ..seeds import further, holm, interval, p_value
 from . import curves, results
 from .results import FIGURES, NAMES, ORDER, cell_of, evaluated_rows, final_rows
-from .statistics import further, holm, interval, p_value
 
 BASELINE = "ddpo"  # the method that the others are set against
 

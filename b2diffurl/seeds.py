@@ -10,8 +10,8 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 
 def interval(values):
     """Mean over seeds and its 95 % interval by Student's t: (mean, low, high); a single seed has none (nan).
 
-    Of differences by seed it is the paired one. values: of 10 seeds at most. A bootstrap over so few seeds is too
-    narrow: it covers 76 % with three of them and 83 % with five.
+    Of differences by seed it is the paired one. With more than 10 seeds it is a little wide. A bootstrap over few seeds
+    is too narrow: it covers 76 % with three of them and 83 % with five.
     """
     values = np.asarray(values, dtype=float)
     half = _spread(values, 1 / len(values))
@@ -21,7 +21,7 @@ def interval(values):
 def further(values):
     """Where one further seed's value lands with 95 %, values taken as normal (Student's t): (low, high).
 
-    values: of 2 to 10 seeds.
+    values: of 2 seeds at least; with more than 10 it is a little wide.
     """
     values = np.asarray(values, dtype=float)
     half = _spread(values, 1 + 1 / len(values))
@@ -32,7 +32,7 @@ def _spread(values, share):
     """Student's t times the standard deviation of what has `share` of the values' variance; nan for a single one."""
     if len(values) < 2:
         return np.nan
-    return STUDENT_T[len(values) - 2] * values.std(ddof=1) * np.sqrt(share)
+    return STUDENT_T[min(len(values), 10) - 2] * values.std(ddof=1) * np.sqrt(share)
 
 
 def p_value(differences):
