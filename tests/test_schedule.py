@@ -1,5 +1,10 @@
 """Backward progressive training against the paper's run and against exact fractions."""
 
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from math import floor
 
@@ -40,3 +45,13 @@ def test_interval_longer_than_the_steps():
         interval("growing", 0, 10, 14, 21, 20)
     with pytest.raises(ValueError, match="kind"):
         interval("shrinking", 0, 10, 14, 20, 20)
+
+
+def test_the_picture_of_the_method_is_what_its_script_draws(tmp_path):
+    """docs/method.svg has the schedule's own numbers."""
+    script = tmp_path / "docs/draw_method.py"
+    script.parent.mkdir()
+    shutil.copy("docs/draw_method.py", script)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, script], check=True, env=environment)
+    assert script.with_name("method.svg").read_text() == pathlib.Path("docs/method.svg").read_text()
