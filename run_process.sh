@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job: for every stage, run_sample.py, run_select.py, run_train.py; then the before/after table.
-#   [PRESET=NAME] [LAUNCH="accelerate launch ..."] bash run_process.sh [--config.x.y=value ...]
+#   [PRESET=NAME] [LAUNCH="accelerate launch ..."] bash run_process.sh [--dry-run] [--config.x.y=value ...]
 # The same command again goes on where it stopped. With several GPUs every step runs on all of them; LAUNCH overrides.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -18,10 +18,16 @@ fi
 . config/environment.sh
 prepare_environment requirements.txt
 
-config=(--config "config/stage_process.py:$PRESET" "$@")
+config=(--config "config/stage_process.py:$PRESET") dry=
+for flag in "$@"; do
+  if [ "$flag" = --dry-run ]; then dry=1; else config+=("$flag"); fi
+done
 said=$("$PYTHON" -m b2diffurl.stages.preflight "${config[@]}")
 read -r stages processes folder <<<"$(tail -n 1 <<<"$said")" # a user's reward may print when it is imported
 machine=${MACHINE_RANK:-$(sed -nE 's/.*--(machine|node)_rank[= ]+([0-9]+).*/\2/p' <<<"${LAUNCH:-}")}
+if [ "$dry" ]; then # says what the run will take
+  exec "$PYTHON" -m b2diffurl.stages.dry_run "${config[@]}"
+fi
 mkdir -p "$folder"
 if [ "${machine:-0}" = 0 ]; then # of several machines the first one locks and reports
   exec 9>>"$folder/.lock"

@@ -13,10 +13,11 @@ from b2diffurl.bench import densities, meter, random_weights, rates
 from b2diffurl.errors import UserError
 from b2diffurl.guidance import take
 from b2diffurl.models import Models
+from b2diffurl.plan import stage_plan
 from b2diffurl.rollout import denoise
 from b2diffurl.run.command import parse
 from b2diffurl.shapes import diffusion
-from b2diffurl.stages import sample, select, train
+from b2diffurl.stages import dry_run, sample, select, train
 from b2diffurl.update import Learner, build_optimizer
 
 CPU = ["-m", "b2diffurl.bench", "--preset", "shapes", "--device", "cpu", "--quick"]
@@ -269,3 +270,23 @@ def test_a_device_that_is_not_there_is_one_line():
     done = subprocess.run([sys.executable, "-m", "b2diffurl.bench", "--device", "cuda"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["bench: --device cuda: PyTorch sees no CUDA device here"]
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(monkeypatch, capsys, tmp_path):
+    """The counts are the settings'; the time is the images and transitions at the rates that were measured."""
+    monkeypatch.setattr(dry_run, "BUDGET", 0.05)
+    monkeypatch.setattr(rates, "measure_scoring", lambda *_: {"per_s": 10.0, "peak_bytes": None})
+    flags = ("schedule.stage_count=3", "sample.groups=4", "sample.branches=3", "sample.num_steps=4", "schedule.left=2",
+             "schedule.right=3", "evaluate.images_per_prompt=2", f"save_path={tmp_path}/out")  # fmt: skip
+    config = parse(["x", "--config", "config/stage_process.py:shapes", *(f"--config.{flag}" for flag in flags)])[0]
+    dry_run.main(config)
+    said = capsys.readouterr().out
+    assert "stages     3 of 12 images; 36 reward queries in all" in said
+    assert "evaluation 120 images" in said
+    assert "select 1 s" in said
+    assert not list(tmp_path.iterdir())
+    for credit, count in (("contrast", 4), ("all", 6)):  # two of three branches, two steps each
+        config.select.credit = credit
+        assert dry_run.trained(config, stage_plan(config)) == pytest.approx(count)
+    assert [dry_run.duration(seconds) for seconds in (5, 150, 9000)] == ["5 s", "2 min", "2.5 h"]
+    assert [dry_run.size(count) for count in (2**20, 3 * 2**30)] == ["1 MiB", "3.0 GiB"]

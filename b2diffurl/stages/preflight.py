@@ -1,7 +1,7 @@
 """What run_process.sh asks before it starts; the last line is "<stages> <one|three> <run folder>"."""
 
 from ..run.command import run_main
-from ..run.config import reward_terms
+from ..run.config import is_url, reward_terms
 from ..run.folder import Run
 
 
@@ -10,7 +10,7 @@ def main(config):
     run = Run(config)
     run.check(config)
     for name, _ in reward_terms(config.reward.name):
-        if ":" in name:  # a user's function
+        if ":" in name and not is_url(name):  # a user's function
             from ..rewards import user_function
 
             user_function(name)

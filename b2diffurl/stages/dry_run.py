@@ -1,0 +1,72 @@
+"""What a run will take, before it: `bash run_process.sh --dry-run [--config.x.y=value ...]`. Nothing is written."""
+
+import statistics
+
+from ..bench import rates
+from ..losses import ALGORITHMS
+from ..models import Models
+from ..plan import METHODS
+from ..run import processes
+from ..run.command import run_main
+from ..run.config import read_prompts
+from ..run.folder import Run
+
+BUDGET = 3.0  # seconds for each measurement
+
+
+def main(config):
+    """Print stages, images, reward queries, and, from a short measurement here, disk, memory and time."""
+    loaded, plans = Models(config), rates.stage_plans(config)
+    sampling, latent, pictures = rates.measure_sampling(loaded, None, BUDGET)
+    scoring = rates.measure_scoring(loaded, pictures, BUDGET)
+    algorithm, epochs = config.train.algorithm, config.train.num_epochs  # measuring sets the algorithm
+    training = rates.measure_training(loaded, None, BUDGET)
+    epochs = 1 if ALGORITHMS[algorithm].on_policy else epochs
+    images = config.sample.groups * plans[0].images
+    transitions = epochs * config.sample.groups * statistics.mean(trained(config, plan) for plan in plans)
+    seconds = [images / sampling["per_s"], images / scoring["per_s"], transitions / training["per_s"]]
+    seconds = [own / processes.size() for own in seconds]
+    before_after = 2 * config.evaluate.images_per_prompt * len(prompts(config))
+    stored = rates.sizes(config, latent, pictures[0])["stored_bytes_per_image"] * images
+    kept = min(len(plans), max(config.keep.trajectories, config.keep.images) or len(plans))
+    peaks = [phase["peak_bytes"] for phase in (sampling, scoring, training) if phase["peak_bytes"]]
+    total = len(plans) * sum(seconds) + before_after / sampling["per_s"] / processes.size()
+    print("\n".join([
+        f"run        {Run(config).folder}: {config.method}, {algorithm}, {config.reward.name}",
+        f"stages     {len(plans)} of {images} images; {len(plans) * images:,} reward queries in all",
+        f"evaluation {before_after} images",
+        f"disk       {size(stored)} per stage, {size(kept * stored)} at most at one time (config.keep)",
+        f"memory     {size(max(peaks))} here with batches of {sampling['batch']} and {training['batch']}"
+        if peaks else "memory     not known here",
+        f"time       sample {seconds[0]:.0f} s, select {seconds[1]:.0f} s, train {seconds[2]:.0f} s or less per stage; "
+        f"{duration(total)} or less in all, without loading",
+        "nothing was written",
+    ]))  # fmt: skip
+
+
+def trained(config, plan):
+    """Transitions per group and epoch: the paper's selection takes at most the best and the worst of a group."""
+    count = len(plan.transitions.step)
+    flat = METHODS[config.method].branches and not config.schedule.forks
+    credit = config.select.credit or ("contrast" if flat else "")
+    return count * min(1, 2 / plan.images) if credit == "contrast" else count
+
+
+def prompts(config):
+    """All prompts of the evaluation."""
+    return [*read_prompts(config.prompts.train), *read_prompts(config.prompts.test)]
+
+
+def size(count):
+    """Bytes as people say them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def duration(seconds):
+    """Seconds as people say them."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+if __name__ == "__main__":
+    run_main(main)
