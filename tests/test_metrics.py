@@ -1,5 +1,8 @@
 """metrics.jsonl keeps one line a (stage, step)."""
 
+import pathlib
+import re
+
 import ml_collections
 import pytest
 
@@ -24,3 +27,14 @@ def test_a_repeated_step_replaces_its_line(tmp_path, config):
     with pytest.raises(ValueError, match="JSON"):
         metrics.record(path, config, "train", {"train/loss": float("nan")})
     assert len(metrics.read(path)) == 2
+
+
+def test_every_key_is_explained():
+    """docs/runs.md has the keys that the steps' code names, and no others."""
+    code = "".join(path.read_text() for path in pathlib.Path("b2diffurl/stages").glob("*.py"))
+    named = set(re.findall(r'"((?:sample|select|train|policy|perf|reward|interval|oracle|diversity)/\w+)"', code))
+    named |= {"stage", "step", "time_s", "reward/NAME", "policy/kl_pretrained", "policy/preferred"}
+    named |= {f"train/updates_by_{unit}" for unit in ("epoch", "stage")}
+    page = pathlib.Path("docs/runs.md").read_text().partition("## Every key")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(.+?)`", " ".join(rows))) == sorted(named)
