@@ -48,10 +48,13 @@ def test_the_text_towers_are_the_rewards(pipeline):
 
     model = open_clip.create_model("local-dir:model/shapes/clip").eval()
     captions = ["a red circle", "a ring left of a cross", ""]
+    ids = pipeline.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     _, pooled = flow.embed_captions(pipeline.text_encoder, pipeline.tokenizer, captions)
     with torch.no_grad():
         wanted = model.encode_text(open_clip.get_tokenizer("local-dir:model/shapes/clip")(captions))
-    torch.testing.assert_close(pooled, torch.cat([wanted, wanted], -1), rtol=1e-4, atol=1e-5)
+        ends = pipeline.text_encoder(ids).last_hidden_state[torch.arange(3), ids.argmax(1)]
+    torch.testing.assert_close(ends @ model.text_projection, wanted, rtol=1e-4, atol=1e-5)
+    assert not pooled.any()  # what a prompt says comes by its tokens alone
     config = command.parse(["x", "--config", "config/stage_process.py:shapes_flow"])[0]
     hidden, _ = flow.embed_captions(pipeline.text_encoder, pipeline.tokenizer, captions)
     torch.testing.assert_close(Models(config).family.embed(captions)["encoder_hidden_states"], hidden)

@@ -103,13 +103,12 @@ def prompt_lists(template):
 
 
 def paired_lists():
-    """(train, held-out) attribute prompts, disjoint, in which a shape has both colours of a confused pair or neither.
+    """(train, held-out) attribute prompts, disjoint, 20 + 10: a shape has both colours of a confused pair or neither.
 
     With one of them, as in prompt_lists, drawing it always would be right on the list and wrong on the other.
     """
-    units = list(itertools.product(range(len(SHAPES)), range(0, len(COLOURS), 2)))
     lists = [[], []]
-    for shape, colour in units:
-        own = (f"a {COLOURS[c]} {SHAPES[shape]}" for c in (colour, partner(colour)))
-        lists[(shape + colour // 2) % 2].extend(own)
+    for shape, pair in itertools.product(range(len(SHAPES)), range(len(COLOURS) // 2)):
+        held_out = (shape + pair) % 3 == 0  # one pair per shape
+        lists[held_out].extend(f"a {COLOURS[colour]} {SHAPES[shape]}" for colour in (2 * pair, partner(2 * pair)))
     return tuple(lists)

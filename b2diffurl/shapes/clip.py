@@ -160,7 +160,7 @@ def swap_accuracy(folder, template, n, seed):
 def text_encoder(clip_folder, projection=False):
     """The reward's text tower as a transformers CLIPTextModel with equal outputs (last hidden state after the norm).
 
-    projection: as a CLIPTextModelWithProjection, whose text_embeds are the reward's own.
+    projection: as a CLIPTextModelWithProjection, whose projection is zero: see flow.py.
     """
     import open_clip
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -201,6 +201,6 @@ def text_encoder(clip_folder, projection=False):
             weights[f"{to}mlp.fc2.{kind}"] = getattr(layer.mlp.c_proj, kind)
     if projection:
         weights = {f"text_model.{name}": value for name, value in weights.items()}
-        weights["text_projection.weight"] = clip.text_projection.T
+        weights["text_projection.weight"] = torch.zeros(WIDTH, WIDTH)
     model.load_state_dict({name: value.detach().clone() for name, value in weights.items()})
     return model

@@ -61,13 +61,16 @@ def embed_captions(text_encoder, tokenizer, captions):
 
 
 @torch.no_grad()
-def dataset(vae, rng, progress):
-    """Scaled latents (N, 4, 8, 8) of random scenes, and per scene the index of its (sometimes wrong) caption."""
+def dataset(vae, rng, progress, shares=SHARES):
+    """Scaled latents (N, 4, 8, 8) of random scenes, per scene the index of its (sometimes wrong) caption, all captions.
+
+    shares: {template: its part of the scenes}.
+    """
     captions = [c for t in TEMPLATES for c in all_captions(t)]
     index = {c: i for i, c in enumerate(captions)}
     latents, labels = [], []
     for template in TEMPLATES:
-        count = round(SHARES[template] * SCENES / 1000)
+        count = round(shares[template] * SCENES / 1000)
         for _ in progress(range(count), f"encoding {template} scenes"):
             scenes = sample_scenes(template, 1000, rng)
             latents.append(vae.encode(render(scenes) * 2 - 1).latent_dist.mode() * vae.config.scaling_factor)
