@@ -176,7 +176,7 @@ def shapes_flow():
     config.prompts.train = "prompts/shapes_paired_train.json"  # both colours of a confused pair, or neither
     config.prompts.test = "prompts/shapes_paired_test.json"
     config.schedule.untrained = 5  # the last steps decide next to nothing, and their densities are the steepest
-    config.select.credit = "group"  # all branches of a group; best and worst alone taught this model nothing (one run)
+    config.select.credit = "group"  # all branches of a group; not settled by more than one seed, see docs/families.md
     config.train.learning_rate = 3e-3
     return config.lock()
 

@@ -80,7 +80,8 @@ def test_the_folder_is_small():
 
 @pytest.mark.parametrize("settings", [
     ("train.algorithm=ddpo_is",), ("train.algorithm=ddpo_sf",), ("train.algorithm=dpok", "train.log_prob=mean"),
-    ("train.algorithm=dpo", "train.log_prob=mean"), ("sample.branches=4", "schedule.forks=((6, 2), (10, 2))"),
+    ("train.algorithm=dpo", "train.log_prob=mean", "select.credit=contrast"),
+    ("sample.branches=4", "schedule.forks=((6, 2), (10, 2))"),
     ("method=ddpo",), ("method=ddpo_bs",), ("sample.sampler=flow_sde",), ("sample.prefix=ode",),
 ])  # fmt: skip
 def test_every_algorithm_and_a_tree_learn_from_it(settings, elsewhere):
@@ -97,7 +98,8 @@ def test_every_algorithm_and_a_tree_learn_from_it(settings, elsewhere):
 
 def test_the_recipe_runs_and_says_what_misses(tmp_path, monkeypatch):
     """A few steps of it: the folder loads; untrained, it fails its bounds."""
-    monkeypatch.setattr(flow, "STEPS", 4)
+    rounds = [(2, rate, shares) for _, rate, shares in flow.ROUNDS]
+    monkeypatch.setattr(flow, "ROUNDS", rounds)
     monkeypatch.setattr(flow, "BATCH", 4)
     monkeypatch.setattr(diffusion, "SCENES", 4000)
     monkeypatch.setattr(flow, "base_figures", lambda pipeline, sheet, **options: {"base_attribute": 0.0})

@@ -159,6 +159,7 @@ def configure(job, out, kind):
         "sample.groups": budget["sample.groups"] // rounds,
         "exp_name": re.sub(r"[^\w.]+", "_", job.name()), "save_path": str(out / "runs"),
         "method": job.method, "seed": job.seed, **LOSSES[job.algorithm],
+        "select.credit": "",  # by the method, whatever the preset has
         "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **dict(job.settings),
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
