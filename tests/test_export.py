@@ -4,6 +4,7 @@ import argparse
 import json
 import pathlib
 import re
+import shutil
 
 import pytest
 import tiny
@@ -49,6 +50,10 @@ def checkpoints(tmp_path_factory):
 
 def run(checkpoint, out, form="kohya", card=False, push=None):
     command.main(argparse.Namespace(checkpoint=checkpoint, out=out, format=form, card=card, push=push))
+
+
+def _copied(checkpoint, folder):
+    return pathlib.Path(shutil.copytree(checkpoint, folder))
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
@@ -116,6 +121,12 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path):
         run(checkpoints["sd"][1], tmp_path)
     with pytest.raises(UserError, match="missing"):
         run(tmp_path, tmp_path / "l.safetensors")
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"README\.md is no model card.*a folder of its own"):
+        run(checkpoints["sd"][1], tmp_path / "l.safetensors", card=True)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    with pytest.raises(UserError, match="--card needs a run's"):
+        run(_copied(checkpoints["sd"][1], tmp_path / "lone"), tmp_path / "new/l.safetensors", card=True)
 
 
 def test_card(checkpoints, tmp_path, monkeypatch):
@@ -140,8 +151,8 @@ def test_card(checkpoints, tmp_path, monkeypatch):
     from huggingface_hub import ModelCard
 
     card = ModelCard(text)
-    assert card.data.base_model == "CompVis/stable-diffusion-v1-4"
-    assert card.data.library_name == "diffusers"
+    found = card.data.to_dict()
+    assert (found["base_model"], found["library_name"]) == ("CompVis/stable-diffusion-v1-4", "diffusers")
     assert "| stages | 4 |" in text
     assert "| reward queries | 5120 |" in text
     assert "0.750 [0.000, 1.000]" in text

@@ -14,6 +14,8 @@ from ..run.storage import read_tensors, write_tensors
 
 NAME = "pytorch_lora_weights.safetensors"  # of the LoRA in a checkpoint folder
 
+CARD = "library_name: diffusers"  # a line that only a model card has
+
 
 def export(checkpoint, out, form):
     """Write the checkpoint folder's LoRA to the file `out` in a form: diffusers or kohya. Raises UserError."""
@@ -48,14 +50,20 @@ def main(arguments):
     checkpoint, out = arguments.checkpoint, arguments.out
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must be a file that ends in .safetensors")
+    page, stage = out.parent / "README.md", checkpoint.resolve().parents[1]
+    if arguments.card and not stage.name.removeprefix("stage").isdecimal():
+        raise UserError(
+            f"{checkpoint}: --card needs a run's stage<i>/checkpoints/checkpoint_1, which tells how it was made"
+        )
+    if arguments.card and page.exists() and CARD not in page.read_text(encoding="utf-8"):
+        raise UserError(f"{page} is no model card, and would be lost: give --out a folder of its own")
     export(checkpoint, out, arguments.format)
     files = [out]
     if arguments.card:
         from . import card
 
-        stage = checkpoint.resolve().parents[1]
-        pictures = card.write(stage.parent, int(stage.name.removeprefix("stage")), out.name, out.parent / "README.md")
-        files += [out.parent / "README.md", *(pathlib.Path(shutil.copy(path, out.parent)) for path in pictures)]
+        pictures = card.write(stage.parent, int(stage.name.removeprefix("stage")), out.name, page)
+        files += [page, *(pathlib.Path(shutil.copy(path, out.parent)) for path in pictures)]
     if arguments.push:
         push(arguments.push, files)
     print("\n".join(map(str, files)))

@@ -6,7 +6,6 @@ from ..bench import rates
 from ..losses import ALGORITHMS
 from ..models import Models
 from ..plan import METHODS
-from ..run import processes
 from ..run.command import run_main
 from ..run.config import read_prompts
 from ..run.folder import Run
@@ -25,12 +24,12 @@ def main(config):
     images = config.sample.groups * plans[0].images
     transitions = epochs * config.sample.groups * statistics.mean(trained(config, plan) for plan in plans)
     seconds = [images / sampling["per_s"], images / scoring["per_s"], transitions / training["per_s"]]
-    seconds = [own / processes.size() for own in seconds]
     before_after = 2 * config.evaluate.images_per_prompt * len(prompts(config))
     stored = rates.sizes(config, latent, pictures[0])["stored_bytes_per_image"] * images
     kept = min(len(plans), max(config.keep.trajectories, config.keep.images) or len(plans))
     peaks = [phase["peak_bytes"] for phase in (sampling, scoring, training) if phase["peak_bytes"]]
-    total = len(plans) * sum(seconds) + before_after / sampling["per_s"] / processes.size()
+    steps = config.evaluate.num_steps or config.sample.num_steps
+    total = len(plans) * sum(seconds) + before_after * steps * sampling["seconds_per_step"]
     print("\n".join([
         f"run        {Run(config).folder}: {config.method}, {algorithm}, {config.reward.name}",
         f"stages     {len(plans)} of {images} images; {len(plans) * images:,} reward queries in all",
@@ -39,7 +38,7 @@ def main(config):
         f"memory     {size(max(peaks))} here with batches of {sampling['batch']} and {training['batch']}"
         if peaks else "memory     not known here",
         f"time       sample {seconds[0]:.0f} s, select {seconds[1]:.0f} s, train {seconds[2]:.0f} s or less per stage; "
-        f"{duration(total)} or less in all, without loading",
+        f"{duration(total)} or less in all by one process, without loading",
         "nothing was written",
     ]))  # fmt: skip
 
