@@ -1,5 +1,6 @@
 # Sourced by run_process.sh and tests/run.sh from the repository's root: sets PYTHON to an interpreter that has
-# everything in the given requirements files, and makes .venv with them where it is missing.
+# everything in the given requirements files, and makes .venv with them, in the versions of requirements.lock, where it
+# is missing.
 #   PYTHON=/path/to/python   use that interpreter as it is, install nothing
 
 find_python() {
@@ -21,13 +22,13 @@ prepare_environment() {
   PYTHON=$PWD/.venv/bin/python
   local file base
   for file in "$@"; do
-    if [ -x "$PYTHON" ] && cmp -s "$file" ".venv/$(basename "$file")"; then
+    if [ -x "$PYTHON" ] && cat "$file" requirements.lock | cmp -s - ".venv/$(basename "$file")"; then
       continue
     fi
     echo "installing $file into .venv (once; requirements.txt takes a few minutes and about 6 GB) ..."
     base=$(find_python) || return 1
     "$base" -m venv .venv
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$file"
-    cp "$file" ".venv/$(basename "$file")" # what is installed; a changed file is installed again
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$file" -c requirements.lock
+    cat "$file" requirements.lock >".venv/$(basename "$file")" # what is installed; a changed file is installed again
   done
 }
