@@ -24,11 +24,12 @@ class Experience:
     rival: torch.Tensor | None = None  # (n,)
     pretrained_mean: torch.Tensor | None = None  # (n, ...) of the base model's transitions
     baseline: torch.Tensor | None = None  # (n,) to subtract from the advantages
+    weight: torch.Tensor | None = None  # (n,) by which the losses are multiplied
 
     def to(self, device):
         """The same with its numbers on a device; what they are indexed by stays where it is."""
         moved = {"cond": to_device(self.cond, device), "rollout": self.rollout.to(device)}
-        for name in ("advantage", "pretrained_mean", "baseline"):
+        for name in ("advantage", "pretrained_mean", "baseline", "weight"):
             moved[name] = None if getattr(self, name) is None else getattr(self, name).to(device)
         return dataclasses.replace(self, **moved)
 

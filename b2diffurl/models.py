@@ -75,7 +75,7 @@ class Models:
         if checkpoint:
             parameters = lora.load(denoiser, checkpoint)
         else:
-            parameters = lora.add(denoiser, self.family.lora_targets, train.lora_rank, self.config.seed)
+            parameters = lora.add(denoiser, self.family.trained_layers, train.lora_rank, self.config.seed)
         lora.switch(denoiser, True)
         if train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()

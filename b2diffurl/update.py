@@ -118,7 +118,8 @@ def losses_of(policy, experience, chosen, train):
     if experience.rival is not None:
         rival = (log_prob - old)[count:]
     terms = Terms(log_prob[:count], old[:count], advantage, rival, kl)
-    return *ALGORITHMS[train.algorithm].loss(terms, train), states
+    loss, statistics = ALGORITHMS[train.algorithm].loss(terms, train)
+    return loss if experience.weight is None else loss * experience.weight[chosen], statistics, states
 
 
 def loss_scale(policy, experience, count, train):

@@ -9,6 +9,7 @@ import torch
 from small import SHAPE, build_unet, one_step, policy_of, random_prompts
 
 from b2diffurl import update
+from b2diffurl.errors import UserError
 from b2diffurl.experience import Experience
 from b2diffurl.families import lora as lora_module
 from b2diffurl.families.sd import StableDiffusion
@@ -321,6 +322,17 @@ def test_fresh_lora(scheduler):
     down = torch.cat([p.flatten() for name, p in lora.items() if "lora_A" in name])
     assert down.std().item() == pytest.approx(1 / 4, rel=0.05)
     assert {name for name, p in unet.named_parameters() if p.requires_grad} == set(lora)
+
+
+def test_a_lora_of_chosen_layers():
+    unet = build_unet()
+    chosen = {name.partition(".lora_")[0] for name in lora_module.add(unet, ("attn2.to_k", "to_v"), rank=2, seed=0)}
+    wanted = {name for name, _ in unet.named_modules() if name.endswith(("attn2.to_k", ".to_v"))}
+    assert chosen == wanted
+    assert any("attn1.to_v" in name for name in chosen)
+    assert not any("attn1.to_k" in name for name in chosen)
+    with pytest.raises(UserError, match=r"lora_targets: UNet2DConditionModel has no layer 'o_k'"):
+        lora_module.add(build_unet(), ("to_q", "o_k"), rank=2, seed=0)
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo_is", "ddpo_sf", "dpok", "dpo"])

@@ -20,7 +20,7 @@ class Family(typing.Protocol):
     """What a run asks of a kind of model; a family is built from the configuration, and loads what it is asked for."""
 
     evaluations: int  # of the denoiser for a guided prediction
-    lora_targets: tuple  # names of the layers that get a LoRA
+    trained_layers: tuple  # names of the layers that get a LoRA
     component: str  # the denoiser's name in the pipeline
     geometry: object  # the denoiser without its numbers, before it is loaded
     denoiser: object  # the network that is trained, frozen but for a LoRA

@@ -13,10 +13,14 @@ from ..run import storage
 def add(denoiser, targets, rank, seed):
     """Attach a fresh LoRA to the layers `targets`: down-projection N(0, 1/rank²), up-projection zero, scale 1.
 
-    -> {name: parameter}, float32 and trainable.
+    targets: ends of the layers' names. -> {name: parameter}, float32 and trainable. Raises UserError for a target that
+    no layer has.
     """
     from peft import LoraConfig
 
+    names = [f".{name}" for name, _ in denoiser.named_modules()]
+    if unknown := [target for target in targets if not any(name.endswith(f".{target}") for name in names)]:
+        raise UserError(f"config.train.lora_targets: {type(denoiser).__name__} has no layer {unknown[0]!r}")
     torch.manual_seed(seed)
     denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*targets]))
     return _trainable(denoiser)

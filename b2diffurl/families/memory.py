@@ -67,7 +67,7 @@ def count(family, config):
     denoiser = load_geometry(family.denoiser_class(), config, family.component, DTYPES[config.mixed_precision])
     weights = [*denoiser.requires_grad_(False).parameters()]
     kept = own_part(denoiser, processes.size() if config.sharded else 1)
-    trained = lora.add(denoiser, family.lora_targets, config.train.lora_rank, seed=0).values()
+    trained = lora.add(denoiser, family.trained_layers, config.train.lora_rank, seed=0).values()
     if config.train.gradient_checkpointing:  # reentrant: what is computed again passes through our hooks too
         denoiser.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=True))
     saved = Saved({own.untyped_storage()._cdata for own in (*weights, *trained)})

@@ -44,6 +44,11 @@ class StableDiffusion:
         return load_geometry(self.denoiser_class(), self.config, self.component)
 
     @property
+    def trained_layers(self):
+        """The ends of the names of the layers that get a LoRA."""
+        return self.config.train.lora_targets or self.lora_targets
+
+    @property
     def latent_shape(self):
         """(C, H, W). Raises UserError for a config.sample.resolution that the model does not allow."""
         own = self.geometry.config

@@ -12,6 +12,7 @@ from ..flow import SAMPLERS
 from ..losses import ALGORITHMS
 from ..plan import METHODS
 from ..schedule import KINDS
+from ..step_weights import KINDS as STEP_WEIGHTS
 
 CHOICES = {
     "method": tuple(METHODS),
@@ -23,6 +24,7 @@ CHOICES = {
     "select.credit": ("", *RULES),
     "train.algorithm": tuple(ALGORITHMS),
     "train.log_prob": ("mean", "sum"),
+    "train.step_weights": STEP_WEIGHTS,
     "train.accumulate_over": ("epoch", "stage"),
     "train.lr_schedule": ("constant", "linear"),
 }
