@@ -10,14 +10,14 @@ gives every step the same gradient at the denoiser's output; it is the idea of T
 KINDS = ("one", "inverse_gain")
 
 
-def step_weights(kernel, steps, kind):
+def step_weights(gain, steps, kind):
     """Weights (n,) float32 of the transitions whose steps (n,) are given, with a mean of 1; None where all are 1.
 
-    kind: one of KINDS; "one" is the paper's.
+    gain: from a step to the kernel's gain there. kind: one of KINDS; "one" is the paper's.
     """
     if kind == "one":
         return None
     inverse = steps.new_zeros(int(steps.max()) + 1).float()
     for step in steps.unique().tolist():
-        inverse[step] = 1 / kernel.gain(step)
+        inverse[step] = 1 / gain(step)
     return inverse[steps] / inverse[steps].mean()

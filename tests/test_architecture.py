@@ -22,7 +22,7 @@ LEVELS = (  # imports go to earlier levels, or stay within the room; shapes, the
     "evaluate",
     "report export bench when_decided",
     "stages",
-    "study",
+    "study gradient_signal",
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names.split()}
 PURE = [

@@ -38,18 +38,18 @@ def test_every_step_gives_the_same_gradient_at_the_denoisers_output(scheduler, k
     mean, sigma = kernel.transition(prediction, steps, latents)
     log_prob = gaussian.log_prob((mean + sigma * noise).detach(), mean, sigma)
     norms = torch.autograd.grad(log_prob.sum(), prediction)[0].flatten(1).norm(dim=1)
-    weights = step_weights(kernel, steps, "inverse_gain")
+    weights = step_weights(kernel.gain, steps, "inverse_gain")
     assert norms.max() > 2 * norms.min()
     torch.testing.assert_close(norms * weights, (norms * weights).mean().expand(len(steps)), rtol=1e-4, atol=0)
     assert weights.mean().item() == pytest.approx(1)
-    assert step_weights(kernel, steps, "one") is None
+    assert step_weights(kernel.gain, steps, "one") is None
 
 
 def test_the_gradient_is_that_of_the_weighted_losses(scheduler):
     learner = learner_of(scheduler)
     policy, experience = learner.policy, sampled(learner.policy, n=3)
     steps = experience.rollout.step[experience.row]
-    experience.weight = step_weights(policy.kernel, steps, "inverse_gain")
+    experience.weight = step_weights(policy.kernel.gain, steps, "inverse_gain")
     away_from_the_sampler(learner)
 
     def loss_of(row, density):

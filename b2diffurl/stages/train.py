@@ -112,7 +112,7 @@ def _train(config, learner, experience, baseline):
     began, updates, asked_base = time.perf_counter(), [], 0
     before = [parameter.detach().clone() for parameter in learner.parameters]
     steps = experience.rollout.step[experience.row]
-    experience.weight = step_weights(policy.kernel, steps, train.step_weights)
+    experience.weight = step_weights(policy.kernel.gain, steps, train.step_weights)
     if ALGORITHMS[train.algorithm].pretrained:
         experience.pretrained_mean, asked_base = pretrained_means(policy, experience, train.batch_size)
         experience.baseline = baseline.of(experience) if baseline else None

@@ -1,0 +1,86 @@
+"""Does a stage's gradient say anything? What two independent halves of its groups agree on, by denoising step.
+
+`python -m b2diffurl.gradient_signal --config config/stage_process.py:PRESET --config.stage=I --out DIR`, with the run's
+settings, after run_sample.py and run_select.py of that stage; writes gradient_signal.json into DIR. The more groups the
+stage has, the finer the answer: 160 with shapes, which takes two minutes.
+
+Both halves' gradients are estimates g of one policy gradient S, with noise N of their own. So their cosine is about
+|S|² / (|S|² + |N|²), N of a half, and 0 where the step is noise alone; two unrelated gradients of n numbers have one of
+±1/√n. A step's share says how much of the whole gradient it is, whatever it is worth.
+"""
+
+import pathlib
+
+import torch
+
+from .models import Models
+from .plan import stage_plan
+from .run import storage
+from .run.command import run_main
+from .run.folder import Run
+from .stages.trajectories import read_credit, read_experience
+from .step_weights import KINDS, step_weights
+from .update import losses_of
+
+
+def main(config, out):
+    """Print the table of config.stage and write it; raises UserError where the stage was not selected."""
+    run, plan = Run(config), stage_plan(config)
+    credit = read_credit(run.stage / "selected.safetensors")
+    experience, negative = read_experience(run.stage / "samples.safetensors", plan, config.sample.groups, credit)
+    policy, parameters = Models(config).trainable(run.require_previous(), negative)
+    half = credit["row"] // len(plan.transitions.step) % 2
+    found = gradients(policy, parameters, experience.to(policy.device), half, config.train)
+    table = summary(found, {step: policy.kernel.gain(step) for step in found})
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    storage.write_json(out / "gradient_signal.json", table)
+    for row in table["steps"]:
+        print("step {step:3d}  gain {gain:7.3f}  share {share:6.3f}  halves' cosine {cosine:+.3f}".format(**row))
+    for kind, cosine in table["all_steps"].items():
+        print(f"all steps, config.train.step_weights={kind}: halves' cosine {cosine:+.3f}")
+
+
+def gradients(policy, parameters, experience, half, train):
+    """{step: gradient (2, numbers) of the losses' sum over the transitions of either half} at the LoRA's parameters.
+
+    half: (n,) 0 or 1 for every row of the experience; parameters: {name: parameter}.
+    """
+    steps, found = experience.rollout.step[experience.row], {}
+    for step in steps.unique().tolist():
+        own = []
+        for number in (0, 1):
+            for parameter in parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+            for rows in torch.nonzero((half == number) & (steps == step)).flatten().split(train.batch_size):
+                losses_of(policy, experience, rows, train)[0].sum().backward()
+            own.append(torch.cat([parameter.grad.flatten() for parameter in parameters.values()]))
+        found[step] = torch.stack(own)
+    return found
+
+
+def summary(found, gains):
+    """The table of `gradients`: by step {step, gain, share, cosine}, and the cosine of all steps by kind of weights.
+
+    share: of the squared norm of the whole gradient, were the steps' orthogonal.
+    """
+    squares = {step: own.sum(0).square().sum().item() for step, own in found.items()}
+    rows = [
+        {"step": s, "gain": gains[s], "share": squares[s] / sum(squares.values()), "cosine": cosine(own)}
+        for s, own in found.items()
+    ]
+    steps, all_steps = torch.tensor([*found]), {}
+    for kind in KINDS:
+        weights = step_weights(gains.get, steps, kind)
+        weights = torch.ones(len(steps)) if weights is None else weights
+        all_steps[kind] = cosine(sum(own * w for own, w in zip(found.values(), weights.tolist(), strict=True)))
+    return {"steps": rows, "all_steps": all_steps}
+
+
+def cosine(halves):
+    """Of two gradients (2, numbers): a number."""
+    return torch.nn.functional.cosine_similarity(*halves.double(), dim=0).item()
+
+
+if __name__ == "__main__":
+    run_main(main, out=None)

@@ -1,0 +1,50 @@
+"""Gradient halves by step: sums that belong together, cosines by their definition, and the command on a stage."""
+
+import json
+
+import pytest
+import torch
+from test_run import configure
+from test_update import BRANCHES, LENGTH, away_from_the_sampler, gradient, learner_of, sampled, seeded, settings
+
+from b2diffurl.families import lora
+from b2diffurl.gradient_signal import gradients, main, summary
+from b2diffurl.stages import sample, select
+from b2diffurl.update import accumulate
+
+
+def test_the_halves_and_steps_make_up_the_updates_gradient(scheduler):
+    learner = learner_of(scheduler)
+    experience = sampled(learner.policy, 6, BRANCHES)
+    away_from_the_sampler(learner)
+    half, train = experience.sample // 3, settings(batch_size=4)
+    found = gradients(learner.policy, lora.parameters(learner.policy.denoiser), experience, half, train)
+    learner.optimizer.zero_grad()
+    accumulate(learner, experience, torch.arange(6), train, seeded())
+    assert len(found) == LENGTH
+    total = sum(own.sum(0) for own in found.values()) / len(experience.row)
+    assert (total - gradient(learner)).norm() < 1e-4 * total.norm()
+
+
+def test_the_summary_in_numbers():
+    found = {
+        3: torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]),
+        4: torch.tensor([[0.0, 10.0, 0.0], [0.0, 0.0, 10.0]]),
+    }
+    table = summary(found, {3: 1.0, 4: 9.0})
+    assert [row["cosine"] for row in table["steps"]] == pytest.approx([1, 0])
+    assert [row["share"] for row in table["steps"]] == pytest.approx([8 / 208, 200 / 208])
+    whole, weighted = torch.tensor([[1.0, 11, 0], [1, 1, 10]]), torch.tensor([[9.0, 19, 0], [9, 9, 10]])
+    for kind, halves in (("one", whole), ("inverse_gain", weighted)):
+        wanted = (halves[0] @ halves[1] / halves[0].norm() / halves[1].norm()).item()
+        assert table["all_steps"][kind] == pytest.approx(wanted)
+
+
+def test_the_command_on_a_stage(tmp_path):
+    more = ["--config.select.credit=all", "--config.stage=0"]
+    for step in (sample, select):
+        step.main(configure(tmp_path, *more))
+    main(configure(tmp_path, *more), tmp_path / "out")
+    table = json.loads((tmp_path / "out/gradient_signal.json").read_text())
+    assert [row["step"] for row in table["steps"]] == [2, 3, 4]
+    assert table["all_steps"].keys() == {"one", "inverse_gain"}
