@@ -50,6 +50,10 @@ elif [ "$gpus" -gt 1 ]; then
   launch=("$PYTHON" -m accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0 --num_processes "$gpus" --mixed_precision no --dynamo_backend no)
 fi
 
+report() { # of several machines the first one writes it
+  [ "${machine:-0}" != 0 ] || "$PYTHON" -m b2diffurl.report "$folder" >/dev/null || echo "report.html was not written"
+}
+
 if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process
   "${launch[@]}" -m b2diffurl.stages.loop "${config[@]}"
 else
@@ -61,9 +65,10 @@ else
     for step in sample select train; do
       "${launch[@]}" "run_$step.py" "${config[@]}" "--config.stage=$stage"
     done
+    report
   done
   "${launch[@]}" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
-  [ "${machine:-0}" != 0 ] || "$PYTHON" -m b2diffurl.report "$folder" >/dev/null || echo "report.html was not written"
+  report
 fi
 
 echo "Everything is in $folder: report.html (open it in a browser), metrics.jsonl, the LoRA in ${last#"$folder"/}."

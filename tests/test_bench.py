@@ -15,6 +15,7 @@ from b2diffurl.guidance import take
 from b2diffurl.models import Models
 from b2diffurl.plan import stage_plan
 from b2diffurl.rollout import denoise
+from b2diffurl.run import metrics
 from b2diffurl.run.command import parse
 from b2diffurl.shapes import diffusion
 from b2diffurl.stages import dry_run, sample, select, train
@@ -288,5 +289,5 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(monkeypatch, capsys,
     for credit, count in (("contrast", 4), ("all", 6)):  # two of three branches, two steps each
         config.select.credit = credit
         assert dry_run.trained(config, stage_plan(config)) == pytest.approx(count)
-    assert [dry_run.duration(seconds) for seconds in (5, 150, 9000)] == ["5 s", "2 min", "2.5 h"]
+    assert [metrics.duration(seconds) for seconds in (5, 150, 9000)] == ["5 s", "2 min", "2.5 h"]
     assert [dry_run.size(count) for count in (2**20, 3 * 2**30)] == ["1 MiB", "3.0 GiB"]

@@ -29,6 +29,16 @@ def test_a_repeated_step_replaces_its_line(tmp_path, config):
     assert len(metrics.read(path)) == 2
 
 
+def test_the_time_left_is_that_of_the_mean_stage(tmp_path, config):
+    config.schedule = {"stage_count": 6}
+    for config.stage in (0, 1):
+        for step, seconds in (("sample", 10.0), ("train", 20.0 + 40 * config.stage)):
+            metrics.record(tmp_path / "metrics.jsonl", config, step, {"time_s": seconds})
+    assert metrics.seconds_left(tmp_path / "metrics.jsonl", config) == 4 * (30 + 70) / 2
+    config.stage = 5
+    assert metrics.seconds_left(tmp_path / "metrics.jsonl", config) == 0
+
+
 def test_every_key_is_explained():
     """docs/runs.md has the keys that the steps' code names, and no others."""
     code = "".join(path.read_text() for path in pathlib.Path("b2diffurl/stages").glob("*.py"))

@@ -284,7 +284,11 @@ def test_one_process_loads_every_part_once(finished, tmp_path, monkeypatch):
 
     for module in (loading, sd):
         monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(loop, "REPORT_EVERY", 0)
+    states, write = [], loop.page.main
+    monkeypatch.setattr(loop.page, "main", lambda folder: states.append(metrics_of(tmp_path)[-1]) or write(folder))
     loop.main(configure(tmp_path))
+    assert [(line["stage"], line["step"]) for line in states] == [(0, "train"), (1, "train"), (1, "train")]
     assert sorted(loads) == ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
     wanted, again = final_lora(finished[0]), final_lora(tmp_path)
     assert all(torch.equal(again[k], wanted[k]) for k in wanted)

@@ -18,6 +18,19 @@ def read(path):
         ) from None
 
 
+def seconds_left(path, config):
+    """An estimate for the stages after config.stage, from the mean of those in a metrics.jsonl."""
+    records = read(path)
+    stages = {line["stage"] for line in records}
+    return sum(line["time_s"] for line in records) / len(stages) * (config.schedule.stage_count - config.stage - 1)
+
+
+def duration(seconds):
+    """Seconds as people say them."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
 def record(path, config, step, values):
     """Add a step's line, in place of one that an interrupted try at the same stage and step left."""
     line = {"stage": config.stage, "step": step, **values}

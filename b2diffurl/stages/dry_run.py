@@ -6,6 +6,7 @@ from ..bench import rates
 from ..losses import ALGORITHMS
 from ..models import Models
 from ..plan import METHODS
+from ..run import metrics
 from ..run.command import run_main
 from ..run.config import read_prompts
 from ..run.folder import Run
@@ -38,7 +39,7 @@ def main(config):
         f"memory     {size(max(peaks))} here with batches of {sampling['batch']} and {training['batch']}"
         if peaks else "memory     not known here",
         f"time       sample {seconds[0]:.0f} s, select {seconds[1]:.0f} s, train {seconds[2]:.0f} s or less per stage; "
-        f"{duration(total)} or less in all by one process, without loading",
+        f"{metrics.duration(total)} or less in all by one process, without loading",
         "nothing was written",
     ]))  # fmt: skip
 
@@ -59,12 +60,6 @@ def prompts(config):
 def size(count):
     """Bytes as people say them."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def duration(seconds):
-    """Seconds as people say them."""
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Python starts once and every model is loaded once: three starts per stage with P
 gigabytes of weights cost more than the work of a stage that is short or spread over several GPUs.
 """
 
+import math
 import time
 
 from .. import STARTED
@@ -15,6 +16,8 @@ from ..run.command import run_main
 from ..run.folder import Run
 from . import sample, select, train
 
+REPORT_EVERY = 20  # times what report.html takes: so much of the run lies between two of them
+
 
 def run_stage(config, started=None, loaded=None):
     """The three steps of config.stage; started, loaded: as the steps take them."""
@@ -25,7 +28,7 @@ def run_stage(config, started=None, loaded=None):
 
 def main(config):
     """Run every stage that is not complete, then the evaluation."""
-    started, loaded = STARTED, Models(config)
+    started, loaded, written, took = STARTED, Models(config), -math.inf, 0.0
     for stage in range(config.schedule.stage_count):
         config.stage = stage
         run = Run(config)
@@ -35,6 +38,10 @@ def main(config):
             continue
         run_stage(config, started, loaded)
         started = time.perf_counter()
+        if processes.rank() == 0 and started - written > REPORT_EVERY * took:
+            page.main(run.folder)
+            written = time.perf_counter()
+            took, started = written - started, written
     before_after.main(config, run.checkpoint, run.folder, loaded=loaded)
     if processes.rank() == 0:
         page.main(run.folder)

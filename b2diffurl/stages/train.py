@@ -74,7 +74,8 @@ def main(config, started=None, loaded=None):
     prune(run, config)
     track(config, "train", values, log)
     curves.draw(run)
-    log.info(f"stage {config.stage} train: {_summary(config, values, experience.samples)}")
+    left = metrics.duration(metrics.seconds_left(run.metrics, config))
+    log.info(f"stage {config.stage} train: {_summary(config, values, experience.samples)}; {left} to the evaluation")
 
 
 def _credit(config, run):
