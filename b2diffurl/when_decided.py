@@ -17,7 +17,7 @@ from .noise import draw_prompts
 from .plan import Plan
 from .run import storage
 from .run.command import run_main
-from .run.config import read_prompts
+from .run.prompts import read_prompts
 from .shapes.oracle import verdicts
 
 GUIDANCE = (2.0, 5.0)

@@ -15,19 +15,19 @@ import numpy as np
 from PIL import Image
 
 
-def score(images, prompts):
-    """N PIL images and N prompts -> N numbers, higher is better. This one likes bright pictures."""
+def score(images, prompts, metadata):
+    """N images, prompts and dicts from the prompt file -> N numbers, higher is better. This one likes bright pictures."""
     return [float(np.asarray(image).mean()) / 255 for image in images]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers a POST of {"prompts", "images"} with {"scores"}."""
+    """Answers a POST of {"prompts", "metadata", "images"} with {"scores"}."""
 
     def do_POST(self):
         try:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             images = [Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") for png in asked["images"]]
-            status, said = 200, {"scores": score(images, asked["prompts"])}
+            status, said = 200, {"scores": score(images, asked["prompts"], asked["metadata"])}
         except Exception as error:  # whatever went wrong, the trainer shall read it
             status, said = 400, {"error": repr(error)}
         self.send_response(status)

@@ -9,7 +9,8 @@ import pytest
 from b2diffurl.errors import UserError
 from b2diffurl.plan import stage_interval
 from b2diffurl.run.command import parse
-from b2diffurl.run.config import read_prompts
+from b2diffurl.run.folder import flat
+from b2diffurl.run.prompts import read_metadata, read_prompts
 
 PRESET = ["run", "--config", "config/stage_process.py:shapes"]
 
@@ -145,6 +146,42 @@ def test_bad_prompt_files(tmp_path, content):
     with pytest.raises(UserError, match=r"prompts\.json") as caught:
         read_prompts(path)
     assert "\n" not in str(caught.value)
+
+
+LINES = """{"prompt": "two cats", "count": {"cat": 2}, "from": "a list"}
+
+{"prompt": "a dog"}
+{"prompt": "a dog"}
+"""
+
+
+def test_prompts_in_lines_say_more_and_belong_to_the_run(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(LINES)
+    assert read_prompts(path) == ["two cats", "a dog", "a dog"]
+    assert read_metadata(path) == {"two cats": {"count": {"cat": 2}, "from": "a list"}}
+    config = parse([*PRESET, f"--config.prompts.train={path}"])[0]
+    before = flat(config)["prompts.train_sha256"]
+    path.write_text(LINES.replace("2}", "3}"))
+    assert flat(config)["prompts.train_sha256"] != before
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "has no prompts"),
+        ('{"prompt": "a"}\n["a"]', "line 2: must be an object"),
+        ('{"text": "a"}', "line 1: must be an object"),
+        ('{"prompt": " "}', "line 1: must be an object"),
+        ('{"prompt": "a", "n": 1}\n{"prompt": "a", "n": 2}', "line 2: 'a' was there before"),
+        ('{"prompt": "a"}\n{', "cannot be read as JSON"),
+    ],
+)
+def test_bad_lines(tmp_path, lines, message):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(lines)
+    with pytest.raises(UserError, match=rf"mine\.jsonl.* ?{message}"):
+        read_prompts(path)
 
 
 def test_a_prompt_file_in_the_papers_format_works_as_it_is(tmp_path):

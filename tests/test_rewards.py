@@ -293,9 +293,21 @@ def test_a_servers_scores_are_of_the_very_images_in_order_and_batches(server):
     assert found.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
 
 
+def test_metadata_reaches_a_function_and_a_server(server, tmp_path, monkeypatch):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "p", "worth": 7}\n{"prompt": "q"}\n')
+    body = "def worth(images, prompts, metadata):\n    return [own.get('worth', 1) for own in metadata]\n"
+    (tmp_path / "knowing.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(reference, "score", lambda images, prompts, metadata: [own.get("worth", 1) for own in metadata])
+    lists = [f"--config.prompts.{part}={tmp_path}/p.jsonl" for part in ("train", "test")]
+    reward = load(*lists, f"--config.reward.name=knowing:worth + {server}:10", "--config.reward.batch_size=2")
+    _, found = reward.score(grey(0, 51, 102), ["q", "p", "of no file"])
+    assert found["knowing:worth"].tolist() == found[server].tolist() == [1, 7, 1]
+
+
 def test_a_server_that_comes_back_is_asked_again(server):
     Judge.answers = [(503, b"starting"), (429, b"busy")]
-    assert remote.Remote(server, 8, 5)(grey(51), ["p"]) == pytest.approx([0.2])
+    assert remote.Remote(server, 8, 5)(grey(51), ["p"], [{}]) == pytest.approx([0.2])
 
 
 @pytest.mark.parametrize(("answers", "message"), [
@@ -308,17 +320,17 @@ def test_a_server_that_comes_back_is_asked_again(server):
 def test_a_server_that_is_wrong_is_one_line(server, answers, message):
     Judge.answers = [*answers]
     with pytest.raises(UserError, match=message):
-        remote.Remote(server, 8, 5)(grey(51), ["p"])
+        remote.Remote(server, 8, 5)(grey(51), ["p"], [{}])
 
 
 def test_a_server_that_is_not_there_or_silent_is_one_line(server):
     with pytest.raises(UserError, match=r"did not score 1 images .*refused"):
-        remote.Remote("http://127.0.0.1:9/score", 8, 5)(grey(51), ["p"])
+        remote.Remote("http://127.0.0.1:9/score", 8, 5)(grey(51), ["p"], [{}])
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         with pytest.raises(UserError, match="timed out"):
-            remote.Remote(f"http://127.0.0.1:{silent.getsockname()[1]}/", 8, 0.05)(grey(51), ["p"])
+            remote.Remote(f"http://127.0.0.1:{silent.getsockname()[1]}/", 8, 0.05)(grey(51), ["p"], [{}])
 
 
 def test_jpeg_size():

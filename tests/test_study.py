@@ -17,7 +17,7 @@ from PIL import Image
 
 from b2diffurl import models
 from b2diffurl.errors import UserError
-from b2diffurl.run.config import read_prompts
+from b2diffurl.run.prompts import read_prompts
 from b2diffurl.seeds import further, holm, interval, p_value
 from b2diffurl.shapes.scene import render, sample_scenes
 from b2diffurl.shapes.variety import open_entropy

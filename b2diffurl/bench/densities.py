@@ -10,8 +10,8 @@ from ..first_pass import ROUNDING, precision_of, prediction_error
 from ..guidance import take, to_device
 from ..plan import Plan
 from ..rollout import Rollout, assemble, denoise
-from ..run.config import read_prompts
 from ..run.processes import device
+from ..run.prompts import read_prompts
 from ..update import losses_of
 
 

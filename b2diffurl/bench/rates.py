@@ -25,8 +25,8 @@ from ..plan import stage_plan
 from ..rewards import full_float32
 from ..rollout import denoise
 from ..run import metrics
-from ..run.config import read_prompts
 from ..run.folder import versions
+from ..run.prompts import read_prompts
 from ..update import Learner, accumulate, build_optimizer, loss_scale
 from . import densities, meter, random_weights
 from .meter import count, count_each, fitting, seconds_per_call

@@ -19,8 +19,8 @@ from ..noise import stream_noise, stream_seed
 from ..rewards import clip_of
 from ..rollout import denoise
 from ..run import processes, storage
-from ..run.config import read_prompts
 from ..run.folder import Run, start_log
+from ..run.prompts import read_prompts
 from ..shapes.oracle import verdicts
 from . import contact_sheet
 from .measures import Quality, feature_distance
@@ -40,6 +40,7 @@ def main(config, checkpoint, out, prompts="", loaded=None):
         raise UserError(f"--checkpoint {checkpoint}: it holds no pytorch_lora_weights.safetensors")
     paths = {"train": config.prompts.train, "held-out": config.prompts.test}
     if prompts:
+        config.prompts.train = config.prompts.test = prompts
         paths = {pathlib.Path(prompts).stem: prompts}
     lists = {name: read_prompts(path) for name, path in paths.items()}
     settings = _settings(config, checkpoint, lists)

@@ -4,7 +4,7 @@ import json
 import pathlib
 
 from ..evaluate.before_after import table
-from ..run.config import read_prompts
+from ..run.prompts import read_prompts
 from ..run.storage import read_json
 
 CARD = """---

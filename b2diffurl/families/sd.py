@@ -8,8 +8,8 @@ from ..ddim import DDIM
 from ..errors import UserError
 from ..guidance import guided
 from ..run import processes
-from ..run.config import read_prompts
 from ..run.processes import device
+from ..run.prompts import read_prompts
 from .loading import load, load_frozen, load_geometry, load_sharded
 
 DECODED_LATENT_PIXELS = 8 * 64 * 64  # latent pixels that the VAE decodes at once: eight 512x512 pictures

@@ -1,29 +1,40 @@
 """Rewards: one file each, one common call `reward(images, prompts) -> (N,)`, higher is better.
 
-images are N PIL images, prompts N strings. config.reward.name is one of configuration.REWARDS, your own
+images are N PIL images, prompts N strings. A reward with a third argument `metadata` gets N dicts: what a JSON Lines
+prompt file says of the prompts. config.reward.name is one of configuration.REWARDS, your own
 "package.module:function", a server's URL, or a weighted mix of them: "clip:1.0 + aesthetic:0.2".
 """
 
 import contextlib
 import importlib
+import inspect
 
 import torch
 
 from ..errors import UserError
 from ..run.config import is_url, reward_terms
+from ..run.prompts import read_metadata
 
 
 class Reward:
-    """The weighted sum of rewards; terms: [(name, weight, reward(images, prompts) -> N numbers)]."""
+    """The weighted sum of rewards.
 
-    def __init__(self, terms):
-        self.terms = terms
+    terms: [(name, weight, reward(images, prompts) -> N numbers)]; metadata: {prompt: dict} for those that take it.
+    """
+
+    def __init__(self, terms, metadata=None):
+        self.terms, self.metadata = terms, metadata or {}
 
     def score(self, images, prompts):
         """The sum, float64 numpy (N,), and {name: the same} of its terms; UserError for a bad shape or score."""
         with full_float32():
-            found = {name: _checked(name, reward(images, prompts), prompts) for name, _, reward in self.terms}
+            found = {name: _checked(name, self._ask(own, images, prompts), prompts) for name, _, own in self.terms}
         return sum(weight * found[name] for name, weight, _ in self.terms), found
+
+    def _ask(self, reward, images, prompts):
+        if not takes_metadata(reward):
+            return reward(images, prompts)
+        return reward(images, prompts, metadata=[self.metadata.get(prompt, {}) for prompt in prompts])
 
     def __call__(self, images, prompts):
         """N PIL images and their prompts -> (N,) float32."""
@@ -36,6 +47,14 @@ class Reward:
         for model in [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]:
             if isinstance(model, torch.nn.Module):
                 model.to(device)
+
+
+def takes_metadata(reward):
+    """Whether a reward has an argument of that name."""
+    try:
+        return "metadata" in inspect.signature(reward).parameters
+    except ValueError:  # one without a signature, written in C
+        return False
 
 
 @contextlib.contextmanager
@@ -54,7 +73,8 @@ def full_float32():
 
 def load_reward(config, device):
     """The Reward that config.reward.name names, each term loaded once, on the device, in float32 (LLaVA: the run's)."""
-    return Reward([(name, weight, _load(name, config, device)) for name, weight in reward_terms(config.reward.name)])
+    terms = [(name, weight, _load(name, config, device)) for name, weight in reward_terms(config.reward.name)]
+    return Reward(terms, read_metadata(config.prompts.train) | read_metadata(config.prompts.test))
 
 
 def _load(name, config, device):

@@ -1,7 +1,7 @@
 """A reward that another process computes, over HTTP: a VLM judge, a model with other packages, a machine of its own.
 
-A POST of {"prompts": [N strings], "images": [N PNGs in base64]} is answered with {"scores": [N numbers]}, by any other
-status or text with an error. docs/rewards.md has the protocol and a server.
+A POST of {"prompts": [N strings], "metadata": [N objects], "images": [N PNGs in base64]} is answered with {"scores":
+[N numbers]}, by any other status or text with an error. docs/rewards.md has the protocol and a server.
 """
 
 import base64
@@ -23,16 +23,20 @@ class Remote:
     def __init__(self, url, batch_size, timeout):
         self.url, self.batch_size, self.timeout = url, batch_size, timeout
 
-    def __call__(self, images, prompts):
-        """N PIL images and their prompts -> [N numbers]. Raises UserError where the server has no answer that fits."""
+    def __call__(self, images, prompts, metadata):
+        """N PIL images, their prompts and what a prompt file says of these, N dicts -> [N numbers].
+
+        Raises UserError where the server has no answer that fits.
+        """
         found = []
         for first in range(0, len(images), self.batch_size):
             batch = slice(first, first + self.batch_size)
-            found += self._ask(images[batch], prompts[batch])
+            found += self._ask(images[batch], prompts[batch], metadata[batch])
         return found
 
-    def _ask(self, images, prompts):
-        body = json.dumps({"prompts": prompts, "images": [_png(image) for image in images]}).encode()
+    def _ask(self, images, prompts, metadata):
+        pictures = [_png(image) for image in images]
+        body = json.dumps({"prompts": prompts, "metadata": metadata, "images": pictures}).encode()
         for wait in (*WAITS, None):
             try:
                 return self._scores(self._post(body), len(prompts))

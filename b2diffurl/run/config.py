@@ -1,7 +1,6 @@
 """Checking a configuration, all of it, before any model loads."""
 
 import importlib.util
-import json
 import math
 import pathlib
 import re
@@ -13,6 +12,7 @@ from ..losses import ALGORITHMS
 from ..plan import METHODS
 from ..schedule import KINDS
 from ..step_weights import KINDS as STEP_WEIGHTS
+from .prompts import read_prompts
 
 CHOICES = {
     "method": tuple(METHODS),
@@ -191,18 +191,3 @@ def _check_model_folder(field, value, marker):
     hub_id = field == "pretrained.model" and value.count("/") == 1 and value[0] not in "./~"
     if not (hub_id and not folder.parent.exists()) and not (folder / marker).is_file():
         raise UserError(f"config.{field}={value!r}: no model folder (no {marker} there); give a folder or a hub id")
-
-
-def read_prompts(path):
-    """A prompt file, a JSON array of non-empty strings -> list. Raises UserError naming the file."""
-    try:
-        prompts = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"prompt file {path} does not exist; set config.prompts.train and config.prompts.test"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read as JSON: {error}") from None
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise UserError(f'prompt file {path} must hold a JSON array of one or more non-empty strings, like ["a cat"]')
-    return prompts

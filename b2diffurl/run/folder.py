@@ -14,7 +14,7 @@ import time
 
 from ..errors import SharedError, UserError
 from . import metrics, processes
-from .config import read_prompts
+from .prompts import read_metadata, read_prompts
 from .storage import read_json, write_json
 
 SHARED_WITHIN = 30  # seconds until a file of one machine must be seen on the others
@@ -38,13 +38,15 @@ FREE = (
 ADDED = {  # settings that earlier runs lack, and what those did
     "schedule.forks": [], "schedule.untrained": 0, "select.credit": "", "sample.sampler": "cps",
     "sample.noise_level": 0.7, "sample.prefix": "sde", "sample.resolution": 0, "pretrained.max_sequence_length": 256,
+    "train.step_weights": "one", "train.lora_targets": [],
 }  # fmt: skip
 RENAMED = {"train.beta1": "train.positive_weight", "train.beta2": "train.negative_weight"}
 
 
 def flat(config):
-    """{dotted name: value} of all settings, and the SHA-256 of the train prompts as "prompts.train_sha256"."""
-    prompts = json.dumps(read_prompts(config.prompts.train))
+    """{dotted name: value} of all settings, and "prompts.train_sha256", of the train prompts and their metadata."""
+    prompts, more = read_prompts(config.prompts.train), read_metadata(config.prompts.train)
+    prompts = json.dumps([prompts, more] if more else prompts)
     settings = {"prompts.train_sha256": hashlib.sha256(prompts.encode()).hexdigest()}
     for name, value in config.to_dict().items():
         settings.update({f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value})

@@ -8,8 +8,8 @@ from ..models import Models
 from ..plan import METHODS
 from ..run import metrics
 from ..run.command import run_main
-from ..run.config import read_prompts
 from ..run.folder import Run
+from ..run.prompts import read_prompts
 
 BUDGET = 3.0  # seconds for each measurement
 

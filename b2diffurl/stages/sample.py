@@ -14,7 +14,7 @@ from ..models import Models
 from ..noise import draw_prompts, stream_seed
 from ..plan import stage_plan
 from ..run import metrics, processes, storage
-from ..run.config import read_prompts
+from ..run.prompts import read_prompts
 from ..run.tracking import track
 from .begin import begin
 from .trajectories import write_rollout

@@ -14,8 +14,8 @@ from ..evaluate import before_after
 from ..models import Models
 from ..rewards import clip_of
 from ..run import lock, metrics, processes, storage
-from ..run.config import read_prompts
 from ..run.folder import Run
+from ..run.prompts import read_prompts
 from ..shapes.variety import open_entropy
 from ..stages.loop import run_stage
 from . import report, results
