@@ -16,7 +16,7 @@ from PIL import Image
 
 
 def score(images, prompts, metadata):
-    """N images, prompts and dicts from the prompt file -> N numbers, higher is better. This one likes bright pictures."""
+    """N images, prompts and dicts of the prompt file -> N numbers, higher is better. This one likes bright pictures."""
     return [float(np.asarray(image).mean()) / 255 for image in images]
 
 

@@ -14,6 +14,12 @@ BINS = {  # what is read of a picture: edges of its bins, in thirds of what samp
 }
 
 
+def brightness(pictures):
+    """Mean brightness (N,) of the backgrounds of pictures (N, 3, SIZE, SIZE) in [0, 1]; 0 without any background."""
+    grey = pictures.amax(1) - pictures.amin(1) <= FOREGROUND_CHROMA
+    return (pictures.mean(1) * grey).sum((1, 2)) / grey.sum((1, 2)).clamp(min=1)
+
+
 def open_entropy(images, per_prompt):
     """Entropy in bits of position, size and background brightness among the images of one prompt, mean over prompts.
 
@@ -23,11 +29,9 @@ def open_entropy(images, per_prompt):
     equal numbers only.
     """
     pictures = torch.tensor(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
-    grey = pictures.amax(1) - pictures.amin(1) <= FOREGROUND_CHROMA
-    brightness = (pictures.mean(1) * grey).sum((1, 2)) / grey.sum((1, 2)).clamp(min=1)
     rows = [
         (found[0].x, found[0].y, found[0].radius, light) if found else None
-        for found, light in zip(read(pictures), brightness.tolist(), strict=True)
+        for found, light in zip(read(pictures), brightness(pictures).tolist(), strict=True)
     ]
     entropies = []
     for first in range(0, len(rows), per_prompt):

@@ -1,0 +1,49 @@
+"""A ladder of rewards, each sparser: 1 where a picture is right by the oracle and meets further conditions, else 0.
+
+`config.reward.name=b2diffurl.shapes.ladder:right_dark` and so on. No prompt asks for the conditions, which the base
+model meets by chance: of its pictures of one object every second is `right`, every fourth `right_dark`, every sixteenth
+`right_left`, every thirtieth `right_dark_left`. They train on the oracle's verdict, which all other rewards meet in the
+evaluation alone.
+"""
+
+import numpy as np
+import torch
+
+from .oracle import read, verdicts
+from .scene import SIZE
+from .variety import brightness
+
+DARK = 0.4  # brightness of the background, which is drawn from 0.15 to 0.9
+LEFT = SIZE / 3  # pixels, of the largest object's centre
+
+
+def right(images, prompts):
+    """N PIL images of the world, N prompts -> (N,) of 0 and 1, as all rewards here."""
+    return verdicts(images, prompts)
+
+
+def right_dark(images, prompts):
+    """Right, on a dark background."""
+    return right(images, prompts) * _dark(images)
+
+
+def right_left(images, prompts):
+    """Right, in the left third."""
+    return right(images, prompts) * _left(images)
+
+
+def right_dark_left(images, prompts):
+    """Right, on a dark background, in the left third."""
+    return right_dark(images, prompts) * _left(images)
+
+
+def _pictures(images):
+    return torch.tensor(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+
+
+def _dark(images):
+    return (brightness(_pictures(images)) < DARK).numpy().astype(float)
+
+
+def _left(images):
+    return np.array([bool(found) and found[0].x < LEFT for found in read(_pictures(images))], dtype=float)
