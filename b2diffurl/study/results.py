@@ -17,27 +17,30 @@ COLUMNS = (
     "oracle_samples", "reward_train", "reward_test", "oracle_train", "oracle_test", "diversity_train",
     "diversity_test", "entropy_train", "entropy_test",
 )  # fmt: skip
+TEXTS, COUNTS = ("algorithm", "method", "settings"), ("seed", "stage", "queries", "unet_evals")
 ORDER = ("ddpo_is", "ddpo_is_sum", "ddpo_sf", "dpok", "dpo", "ddpo", "ddpo_bpt", "ddpo_bs", "b2")
 
 
-def write(path, rows):
+def write(path, rows, columns=COLUMNS):
     """Write a results.csv, whole or not at all, since the study goes on from it; floats to six decimals.
 
-    rows: dicts of COLUMNS; stages that were not evaluated have none from "reward_train" on.
+    rows: dicts of the columns; stages that were not evaluated have none from "reward_train" on.
     """
     aside = path.with_name(f"{path.name}.tmp")
     with aside.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     os.replace(aside, path)
 
 
-def read(path):
-    """The rows of a results.csv as write got them; none where there is no file."""
+def read(path, texts=TEXTS, counts=COUNTS):
+    """The rows of a results.csv as write got them; none where there is no file.
+
+    texts, counts: the columns of text and of whole numbers; all others are numbers.
+    """
     if not path.exists():
         return []
-    texts, counts = ("algorithm", "method", "settings"), ("seed", "stage", "queries", "unet_evals")
     with path.open(newline="", encoding="utf-8") as stream:
         return [
             {k: v if k in texts else int(v) if k in counts else float(v) for k, v in row.items() if v != ""}

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -92,19 +93,16 @@ def main(out, kind, cells=(), seeds=(), changes=(), world="shapes"):
     if rows:
         report.write(out, rows, base)
     left = unfinished(jobs, rows, out, kind)
-    with worker_pool() as pool:
-        futures = {pool.submit(run, job, out, kind): job for job in left}
-        for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            name = futures[future].name()
-            try:
-                rows += future.result()
-                said = f"{alignment(rows[-1])}; {(time.perf_counter() - began) / 60:.1f} min"
-            except UserError as error:  # a run that diverged is a result too; the others go on
-                failed.append(f"{name}: {error}")
-                said = f"failed: {error}"
-            print(f"{number}/{len(left)} {name}: {said}", flush=True)
-            if rows:
-                report.write(out, rows, base, failed)
+    for number, (job, found) in enumerate(each(left, functools.partial(run, out=out, kind=kind)), 1):
+        if isinstance(found, UserError):
+            failed.append(f"{job.name()}: {found}")
+            said = f"failed: {found}"
+        else:
+            rows += found
+            said = f"{alignment(rows[-1])}; {(time.perf_counter() - began) / 60:.1f} min"
+        print(f"{number}/{len(left)} {job.name()}: {said}", flush=True)
+        if rows:
+            report.write(out, rows, base, failed)
     if failed:
         raise UserError(f"{len(failed)} of {len(left)} runs failed; the report has the others, and names these")
     print((out / "table.md").read_text(encoding="utf-8"))
@@ -131,6 +129,20 @@ def unfinished(jobs, rows, out, kind):
     """The jobs of which rows of results.csv have fewer stages than they are configured to run."""
     stages = collections.Counter((r["algorithm"], r["method"], r["settings"], r["seed"]) for r in rows)
     return [job for job in jobs if stages[job.key()] < configure(job, out, kind).schedule.stage_count]
+
+
+def each(jobs, run):
+    """(job, what run(job) gave) as the jobs end, in worker_pool, begun in their order.
+
+    A run that diverged is a result too: its UserError is given, and the others go on.
+    """
+    with worker_pool() as pool:
+        futures = {pool.submit(run, job): job for job in jobs}
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except UserError as error:
+                yield futures[future], error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,228 @@
+"""The benchmark of docs/benchmark/protocol.md: tasks × arms × paired seeds, evaluated after every 240 reward queries.
+
+`python -m b2diffurl.study.benchmark [--search] [--out DIR] [--tasks NAME ...] [--arms NAME ...] [--seeds N ...]` writes
+results.csv (a row per run and stage), table.md and curves.png into DIR/results or, with --search, DIR/search; one
+process a core; the same command goes on where it was stopped. --search tries the settings of GRID on prompts and a seed
+of its own.
+"""
+
+import argparse
+import functools
+import itertools
+import pathlib
+import sys
+import time
+import typing
+
+from ..errors import UserError
+from ..evaluate import before_after
+from ..evaluate.measures import feature_distance
+from ..models import Models
+from ..rewards import clip_of, user_function
+from ..run import lock, metrics, processes, storage
+from ..run.command import parse
+from ..run.folder import Run
+from ..run.prompts import read_prompts
+from ..shapes.variety import open_entropy
+from ..stages.loop import run_stage
+from . import benchmark_report, results
+from .runs import each
+
+LADDER = "b2diffurl.shapes.ladder:"
+
+
+class Task(typing.NamedTuple):
+    """What is to be learnt."""
+
+    reward: str  # config.reward.name
+    success: str  # the function of LADDER by which a picture counts as a success
+    lists: str  # prompts/shapes_LISTS_{train,test}.json
+    search: str  # the same for the search
+
+
+TASKS = {
+    "attribute": Task("clip", "right", "study", "search"),
+    "dark": Task(LADDER + "right_dark", "right_dark", "study", "search"),
+    "left": Task(LADDER + "right_left", "right_left", "study", "search"),
+}
+SUM = {"train.log_prob": "sum", "train.clip_range": 0.2}
+ARMS = {  # over the preset `shapes`
+    "ddpo": {"method": "ddpo"},
+    "ddpo_contrast": {"method": "ddpo", "select.credit": "contrast"},
+    "ddpo_bpt": {"method": "ddpo_bpt"},
+    "ddpo_bs": {"method": "ddpo_bs", "schedule.right": 17},
+    "b2": {"method": "b2"},
+}
+BUDGET, EVERY = 2880, 240  # reward queries of a run, and between two evaluations
+SEEDS = range(401, 411)
+SEARCH_SEED = 201
+GRID = {}  # arm: [settings]
+KEYS = ("task", "arm", "settings", "seed")  # of a run
+TEXTS = (*KEYS[:3], "by_prompt_train", "by_prompt_test")
+COUNTS = ("seed", "stage", "queries", "updates", "kept", "unet_evals", "forwards")
+FIGURES = ("success", "by_prompt", "reward", "diversity", "entropy")  # each with _train and with _test
+COLUMNS = (*KEYS[:3], *COUNTS, "approx_kl", "seconds", *(f"{n}_{part}" for n in FIGURES for part in ("train", "test")))
+
+
+class Job(typing.NamedTuple):
+    """A run of the benchmark."""
+
+    task: str
+    arm: str
+    seed: int
+    settings: tuple = ()  # (configuration field, value) over the arm's; of the search
+
+    def key(self):
+        """What names the run in results.csv: {column: value}."""
+        told = ", ".join(f"{name.split('.')[-1]} {value}" for name, value in self.settings)
+        return {"task": self.task, "arm": self.arm, "settings": told, "seed": self.seed}
+
+    def name(self):
+        """The run in messages, and its folder."""
+        return " ".join(str(value) for value in self.key().values() if value != "")
+
+
+def benchmark_jobs(tasks, arms, seeds):
+    """The Jobs of the benchmark, all tasks and arms of a seed before the next one."""
+    return [Job(task, arm, seed) for seed, task, arm in itertools.product(seeds, tasks, arms)]
+
+
+def search_jobs(tasks, arms):
+    """The Jobs of the search: every setting of GRID."""
+    return [
+        Job(t, arm, SEARCH_SEED, tuple(own.items())) for t, arm in itertools.product(tasks, arms) for own in GRID[arm]
+    ]
+
+
+def configure(job, out):
+    """A run's checked configuration. UserError where one of its settings is refused."""
+    task = TASKS[job.task]
+    lists = task.search if job.seed == SEARCH_SEED else task.lists
+    settings = {
+        "exp_name": job.name().replace(" ", "_").replace(",", ""), "save_path": str(out / "runs"), "seed": job.seed,
+        "reward.name": task.reward, "prompts.train": f"prompts/shapes_{lists}_train.json",
+        "prompts.test": f"prompts/shapes_{lists}_test.json", "evaluate.images_per_prompt": 16,
+        "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **SUM, **ARMS[job.arm], **dict(job.settings),
+    }  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    config = parse(["benchmark", "--config", "config/stage_process.py:shapes", *flags])[0]
+    config.schedule.stage_count = BUDGET // (config.sample.groups * config.sample.branches)
+    return config
+
+
+def run(job, out):
+    """One run, or what is left of it -> its rows of results.csv, one per stage."""
+    config = configure(job, out)
+    stages, rows, loaded = config.schedule.stage_count, [], Models(config)
+    for config.stage in range(stages):
+        place = Run(config)
+        if not (place.stage / "checkpoints").is_dir():
+            run_stage(config, loaded=loaded)
+        row = {**job.key(), "stage": config.stage, **spent(place, config)}
+        if row["queries"] % EVERY == 0 or config.stage == stages - 1:
+            stored = place.stage / "evaluation.json"
+            if not stored.exists():
+                storage.write_json(stored, measure(config, place.checkpoint, loaded, TASKS[job.task].success))
+            row |= storage.read_json(stored, "the benchmark")
+        rows.append(row)
+    return rows
+
+
+def spent(place, config):
+    """{column: value} from the metrics.jsonl of a Run, up to and with stage config.stage but for the stage's own KL.
+
+    forwards: passes of the denoiser, the compute of a run; training one transition counts as three.
+    """
+    lines = [line for line in metrics.read(place.metrics) if line["stage"] <= config.stage]
+    of = {step: [line for line in lines if line["step"] == step] for step in ("sample", "select", "train")}
+    sampled, trained = (sum(line["perf/unet_evals"] for line in of[step]) for step in ("sample", "train"))
+    return {
+        "queries": of["select"][-1]["reward/queries"],
+        "updates": sum(line["train/updates"] for line in of["train"]),
+        "kept": sum(line["select/kept"] for line in of["select"]),
+        "unet_evals": sampled + trained,
+        "forwards": sampled + 3 * trained,
+        "approx_kl": of["train"][-1]["policy/approx_kl"],
+        "seconds": round(sum(line["time_s"] for line in lines), 1),
+    }
+
+
+def measure(config, checkpoint, loaded, success):
+    """{figure: value} of a checkpoint folder (None: the base model) on the fixed evaluation noise: FIGURES.
+
+    success: a function of shapes.ladder. by_prompt: its mean for every prompt of the list, as text.
+    """
+    lists = {"train": read_prompts(config.prompts.train), "test": read_prompts(config.prompts.test)}
+    images = before_after.generate(loaded.evaluating(), lists, checkpoint, config.exp_name)
+    count, values = config.evaluate.images_per_prompt, {}
+    for part, prompts in lists.items():
+        own, repeated = images[part], [prompt for prompt in prompts for _ in range(count)]
+        right = user_function(LADDER + success)(own, repeated).reshape(-1, count).mean(1)
+        with loaded.scoring() as reward:
+            clip = clip_of(reward, config, processes.device())
+            features = clip.features(own).cpu().numpy().reshape(len(prompts), count, -1)
+            scores = reward.score(own, repeated)[0]
+        by_prompt = " ".join(f"{value:.4f}" for value in right)
+        variety = float(feature_distance(features)), open_entropy(own, count)
+        found = float(right.mean()), by_prompt, float(scores.mean()), *variety
+        values |= {f"{name}_{part}": value for name, value in zip(FIGURES, found, strict=True)}
+    return values
+
+
+def main(out, jobs):
+    """Run what results.csv in the folder `out` lacks of the jobs; the report is written after every run that ends.
+
+    UserError where another process works in `out`, and at the end where runs failed.
+    """
+    began, path = time.perf_counter(), out / "results.csv"
+    lock.hold(out)
+    rows, failed = results.read(path, TEXTS, COUNTS), []
+    done = {tuple(row[name] for name in KEYS) for row in rows}
+    left = [job for job in jobs if tuple(job.key().values()) not in done]
+    base = base_figures(out, jobs)
+    for number, (job, found) in enumerate(each(left, functools.partial(run, out=out)), 1):
+        if isinstance(found, UserError):
+            failed.append(f"{job.name()}: {found}")
+            said = f"failed: {found}"
+        else:
+            rows += found
+            end = rows[-1]
+            said = f"{end['success_train']:.3f} train, {end['success_test']:.3f} held-out"
+            results.write(path, sorted(rows, key=lambda r: tuple(r[n] for n in (*KEYS, "stage"))), COLUMNS)
+            benchmark_report.write(out, rows, base)
+        print(f"{number}/{len(left)} {job.name()}: {said}; {(time.perf_counter() - began) / 60:.1f} min", flush=True)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(left)} runs failed: {'; '.join(failed)}")
+    benchmark_report.write(out, rows, base)
+    print((out / "table.md").read_text(encoding="utf-8"))
+
+
+def base_figures(out, jobs):
+    """{task: what measure finds for the base model} of the jobs' tasks, from base.json, where it is completed."""
+    path = out / "base.json"
+    known = storage.read_json(path, "the benchmark") if path.exists() else {}
+    for job in {job.task: job for job in jobs if job.task not in known}.values():
+        config = configure(job, out)
+        known[job.task] = measure(config, None, Models(config), TASKS[job.task].success)
+        storage.write_json(path, known)
+    return known
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m b2diffurl.study.benchmark", description="See docs/benchmark.")
+    parser.add_argument("--out", default="docs/benchmark", type=pathlib.Path, help="folder of the results and the runs")
+    parser.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and a seed")
+    parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=TASKS)
+    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=ARMS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    given = parser.parse_args()
+    kind, jobs = "results", benchmark_jobs(given.tasks, given.arms, given.seeds)
+    if given.search:
+        kind, jobs = "search", search_jobs(given.tasks, given.arms)
+    try:
+        (given.out / kind).mkdir(parents=True, exist_ok=True)
+        main(given.out / kind, jobs)
+    except UserError as error:
+        sys.exit(f"benchmark: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")

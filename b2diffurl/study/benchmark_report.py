@@ -1,0 +1,128 @@
+"""The benchmark's table.md and curves.png from its rows."""
+
+import itertools
+import os
+
+import numpy as np
+
+from ..seeds import holm, interval, p_value
+
+MARKS = (0.8, 0.9)  # of held-out success
+AXES = {"queries": "reward queries", "forwards": "forward passes (training one transition is 3)"}
+
+
+def write(out, rows, base):
+    """Write both into the folder `out`; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
+    runs = runs_of(rows)
+    (out / "table.md").write_text(
+        "\n".join([*table(runs, base), "", *differences(runs, base)]) + "\n", encoding="utf-8"
+    )
+    if runs:
+        draw(out / "curves.png", runs, base)
+
+
+def runs_of(rows):
+    """{(task, arm, settings): {seed: the run's rows, by stage}}."""
+    runs = {}
+    for row in sorted(rows, key=lambda r: r["stage"]):
+        runs.setdefault((row["task"], row["arm"], row["settings"]), {}).setdefault(row["seed"], []).append(row)
+    return runs
+
+
+def path_of(run, base, figure="success_test", across="queries"):
+    """A run's rows -> (across (n,), figure (n,)), from the base model at 0 through every evaluated stage."""
+    seen = [row for row in run if figure in row]
+    return np.array([0, *(r[across] for r in seen)]), np.array([base[figure], *(r[figure] for r in seen)])
+
+
+def spent_to(path, mark):
+    """Where a path first has the mark, on straight lines between its points; infinite where it never has."""
+    for (x, y), (after, higher) in itertools.pairwise(zip(*path, strict=True)):
+        if y >= mark:
+            return float(x)
+        if higher >= mark:
+            return float(x + (mark - y) / (higher - y) * (after - x))
+    return np.inf
+
+
+def area(path):
+    """Mean height of a path over what it spans, on straight lines between its points."""
+    x, y = path
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def table(runs, base):
+    """Markdown lines: every cell's runs, mean and 95 % interval over seeds by Student's t."""
+    marks = " | ".join(f"queries to {mark}: median (runs that came there)" for mark in MARKS)
+    head = f"| task | arm | settings | seeds | held-out: area | end | {marks} | train: end | diversity | M forwards |"
+    lines = [head, "| --- " * (head.count("|") - 1) + "|"]
+    for task, own in base.items():
+        held_out, train, diversity = (own[name] for name in ("success_test", "success_train", "diversity_train"))
+        lines.append(f"| {task} | base model | | | | {held_out:.3f} | | | {train:.3f} | {diversity:.3f} | |")
+    for (task, arm, settings), by_seed in runs.items():
+        paths = [path_of(run, base[task]) for run in by_seed.values()]
+        ends = [run[-1] for run in by_seed.values()]
+        spent = [[spent_to(path, mark) for path in paths] for mark in MARKS]
+        cells = [
+            task, arm, settings, str(len(ends)), said_of([area(path) for path in paths]),
+            said_of([end["success_test"] for end in ends]), *(_median(values) for values in spent),
+            said_of([end["success_train"] for end in ends]), said_of([end["diversity_train"] for end in ends]),
+            f"{np.mean([end['forwards'] for end in ends]) / 1e6:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _median(values):
+    reached = [value for value in values if np.isfinite(value)]
+    middle = np.median(values) if len(reached) * 2 > len(values) else np.inf
+    return f"{middle:.0f} ({len(reached)} of {len(values)})".replace("inf", "-")
+
+
+def differences(runs, base):
+    """Markdown lines: every arm against b2 and ddpo by seed, in the area under its held-out curve; Holm's p-values."""
+    found = []
+    for (task, arm, settings), own in runs.items():
+        for other in ("b2", "ddpo"):
+            theirs = runs.get((task, other, ""), {})
+            shared = sorted(own.keys() & theirs.keys())
+            if arm != other and not settings and len(shared) > 1:
+                pairs = [[area(path_of(run[seed], base[task])) for run in (own, theirs)] for seed in shared]
+                found.append((task, arm, other, [a - b for a, b in pairs]))
+    if not found:
+        return []
+    corrected = holm([p_value(values) for *_, values in found])
+    lines = ["| task | arm | against | seeds | area under the held-out curve | p, by Holm |", "| --- " * 6 + "|"]
+    for (task, arm, other, values), p in zip(found, corrected, strict=True):
+        lines.append(f"| {task} | {arm} | {other} | {len(values)} | {said_of(values, '+.3f')} | {p:.2g} |")
+    return lines
+
+
+def said_of(values, form=".3f"):
+    """Mean and interval over seeds, as text."""
+    mean, low, high = interval(values)
+    return f"{mean:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
+
+
+def draw(path, runs, base):
+    """Write curves.png: held-out success by queries and by forward passes, a row of panels per task."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(task for task, _, _ in runs))
+    figure = Figure(figsize=(10, 3.6 * len(tasks)), layout="constrained")
+    for panels, task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
+        for panel, across in zip(panels, AXES, strict=True):
+            for (_, arm, settings), by_seed in [item for item in runs.items() if item[0][0] == task]:
+                paths = [path_of(run, base[task], across=across) for run in by_seed.values()]
+                shortest = min(len(x) for x, _ in paths)
+                x = np.mean([x[:shortest] for x, _ in paths], 0)
+                mean, low, high = np.array([interval([y[i] for _, y in paths]) for i in range(shortest)]).T
+                panel.plot(x, mean, marker=".", label=f"{arm} {settings}".strip())
+                panel.fill_between(x[1:], low[1:], high[1:], alpha=0.15)
+            panel.set(title=f"{task}: held-out success", ylim=(0, 1))
+            panel.set_xlabel(AXES[across])
+        panels[0].legend(fontsize="x-small")
+    aside = path.with_name("curves.tmp.png")
+    FigureCanvasAgg(figure).print_png(aside)
+    os.replace(aside, path)

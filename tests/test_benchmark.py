@@ -1,0 +1,93 @@
+"""The benchmark: its jobs and configurations, a small run of it that goes on, and its report's arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+
+from b2diffurl.seeds import interval
+from b2diffurl.shapes import ladder
+from b2diffurl.study import benchmark, benchmark_report, results
+
+
+def test_every_job_can_be_configured(tmp_path):
+    jobs = benchmark.benchmark_jobs(benchmark.TASKS, benchmark.ARMS, benchmark.SEEDS)
+    jobs += benchmark.search_jobs(benchmark.TASKS, benchmark.GRID)
+    assert len(jobs) == len(set(jobs))
+    seeds = {job.seed for job in jobs[: len(benchmark.TASKS) * len(benchmark.ARMS)]}
+    assert seeds == {benchmark.SEEDS[0]}
+    names = set()
+    for job in jobs[:: len(benchmark.TASKS)]:
+        config = benchmark.configure(job, tmp_path)
+        names.add(config.exp_name)
+        per_stage = config.sample.groups * config.sample.branches
+        assert config.schedule.stage_count * per_stage == benchmark.BUDGET
+        assert benchmark.EVERY % per_stage == 0
+        assert getattr(ladder, benchmark.TASKS[job.task].success)
+        assert ("search" in config.prompts.test) == (job.seed == benchmark.SEARCH_SEED)
+    assert len(names) == len(jobs[:: len(benchmark.TASKS)])
+
+
+def run_here(jobs, run):
+    return [(job, run(job)) for job in jobs]
+
+
+def test_a_small_run_and_its_report(tmp_path, monkeypatch, capsys):
+    small = {
+        "sample.groups": 2, "sample.branches": 3, "sample.num_steps": 4, "schedule.left": 2, "schedule.right": 3,
+        "evaluate.images_per_prompt": 2, "train.trajectories_per_update": 2,
+    }  # fmt: skip
+    monkeypatch.setitem(benchmark.ARMS, "b2", {**benchmark.ARMS["b2"], **small})
+    monkeypatch.setattr(benchmark, "BUDGET", 12)
+    monkeypatch.setattr(benchmark, "EVERY", 6)
+    monkeypatch.setattr(benchmark, "each", run_here)
+    monkeypatch.setattr(benchmark.lock, "hold", lambda folder: None)
+    jobs = benchmark.benchmark_jobs(["attribute"], ["b2"], [7])
+    benchmark.main(tmp_path, jobs)
+    rows = results.read(tmp_path / "results.csv", benchmark.TEXTS, benchmark.COUNTS)
+    assert [(row["stage"], row["queries"]) for row in rows] == [(0, 6), (1, 12)]
+    trained = rows[1]["unet_evals"] - rows[0]["unet_evals"]
+    assert rows[1]["forwards"] > rows[1]["unet_evals"] > trained > 0
+    for part, count in (("train", 9), ("test", 9)):
+        by_prompt = [float(text) for text in rows[1][f"by_prompt_{part}"].split()]
+        assert len(by_prompt) == count
+        assert np.mean(by_prompt) == pytest.approx(rows[1][f"success_{part}"], abs=1e-4)
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert "| attribute | b2 |  | 1 |" in (tmp_path / "table.md").read_text()
+    monkeypatch.setattr(benchmark, "run", None)  # nothing is run again
+    benchmark.main(tmp_path, jobs)
+    capsys.readouterr()
+
+
+def path(*points):
+    return tuple(np.array(points, dtype=float).T)
+
+
+def test_queries_to_a_mark_and_the_area():
+    rising = path((0, 0.5), (240, 0.7), (480, 0.9), (720, 0.85))
+    assert benchmark_report.spent_to(rising, 0.8) == pytest.approx(360)
+    assert benchmark_report.spent_to(rising, 0.5) == 0
+    assert benchmark_report.spent_to(rising, 0.95) == math.inf
+    assert benchmark_report.area(rising) == pytest.approx((0.6 + 0.8 + 0.875) / 3)
+
+
+def rows_of(arm, seed, values):
+    return [
+        {"task": "dark", "arm": arm, "settings": "", "seed": seed, "stage": i, "queries": 240 * (i + 1),
+         "success_test": value, "success_train": value, "diversity_train": 0.1, "forwards": 1e6}
+        for i, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_arms_are_compared_by_seed_and_corrected(monkeypatch):
+    base = {"dark": {"success_test": 0.2, "success_train": 0.2, "diversity_train": 0.1}}
+    ends = {"b2": (0.5, 0.6, 0.75), "ddpo": (0.4, 0.55, 0.6)}
+    rows = [row for arm, own in ends.items() for seed, end in enumerate(own) for row in rows_of(arm, seed, (0.3, end))]
+    lines = benchmark_report.differences(benchmark_report.runs_of(rows[::-1]), base)
+    gaps = [(b - d) / 4 for b, d in zip(*ends.values(), strict=True)]  # the last stretch is half of the path
+    mean, low, high = interval(gaps)
+    assert any(f"| dark | b2 | ddpo | 3 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |" in line for line in lines)
+    monkeypatch.setattr(benchmark_report, "MARKS", (0.55, 0.9))
+    table = benchmark_report.table(benchmark_report.runs_of(rows), base)
+    to_mark = 240 + 240 * (0.55 - 0.3) / (0.6 - 0.3)  # the middle one of b2's three, of whom one never comes there
+    assert f"| {to_mark:.0f} (2 of 3) | - (0 of 3) |" in table[-2]
