@@ -54,7 +54,7 @@ def test_a_small_run_and_its_report(tmp_path, monkeypatch, capsys):
         assert np.mean(by_prompt) == pytest.approx(rows[1][f"success_{part}"], abs=1e-4)
     assert (tmp_path / "curves.png").stat().st_size > 5000
     assert "| attribute | b2 |  | 1 |" in (tmp_path / "table.md").read_text()
-    monkeypatch.setattr(benchmark, "run", None)  # nothing is run again
+    monkeypatch.setattr(benchmark, "run", lambda job, out: pytest.fail("run again"))
     benchmark.main(tmp_path, jobs)
     capsys.readouterr()
 

@@ -176,7 +176,7 @@ def main(out, jobs):
     """
     began, path = time.perf_counter(), out / "results.csv"
     lock.hold(out)
-    rows, failed = results.read(path, TEXTS, COUNTS), []
+    rows, failed = [{"settings": "", **row} for row in results.read(path, TEXTS, COUNTS)], []
     done = {tuple(row[name] for name in KEYS) for row in rows}
     left = [job for job in jobs if tuple(job.key().values()) not in done]
     base = base_figures(out, jobs)
