@@ -180,9 +180,12 @@ def shapes_flow():
     config.pretrained.max_sequence_length = 0  # it has no T5, and was trained without its tokens
     config.prompts.train = "prompts/shapes_paired_train.json"  # both colours of a confused pair, or neither
     config.prompts.test = "prompts/shapes_paired_test.json"
-    config.schedule.untrained = 5  # the last steps decide next to nothing, and their densities are the steepest
-    config.select.credit = "group"  # all branches of a group; not settled by more than one seed, see docs/families.md
-    config.train.learning_rate = 3e-3
+    config.schedule.untrained = 8  # the last steps decide next to nothing, and most of the gradient is theirs
+    config.select.credit = "group"  # all branches of a group
+    config.train.step_weights = "inverse_gain"
+    config.train.lora_targets = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention's text side
+    config.train.learning_rate = 1e-2
+    config.train.trajectories_per_update = 60  # of 240: 8 updates per stage
     return config.lock()
 
 
