@@ -67,6 +67,7 @@ else
     done
     report
   done
+  [ ! -d "$last/ema" ] || last=$last/ema # config.train.ema_decay
   "${launch[@]}" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
   report
 fi

@@ -8,6 +8,7 @@ import dataclasses
 import torch
 
 from . import gaussian
+from .average import Average
 from .experience import rows_of
 from .first_pass import check_first_pass
 from .guidance import take
@@ -23,6 +24,7 @@ class Learner:
     policy: Policy
     optimizer: torch.optim.Optimizer  # over the LoRA alone
     headroom: float = 1.0  # of the loss scale: falls where an update overflows in float16
+    average: Average | None = None  # of the LoRA over the updates
 
     @property
     def parameters(self):
@@ -196,6 +198,8 @@ def train_updates(learner, experience, train, generator, on_update):
             break
         optimizer.step()
         optimizer.zero_grad()
+        if learner.average:
+            learner.average.step()
         del statistics["step"]
         on_update(statistics, norm.item())
     return asked

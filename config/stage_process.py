@@ -114,6 +114,7 @@ def sdv1_4():
     config.train.adam_beta2 = 0.999  # AdamW's second moment decay
     config.train.adam_weight_decay = 1e-4  # AdamW's decoupled weight decay
     config.train.adam_epsilon = 1e-8  # AdamW's denominator term
+    config.train.ema_decay = 0.0  # of a moving average of the LoRA over updates, which is then evaluated; 0: none
     config.train.max_grad_norm = 1.0  # bound on the gradient's norm, per update
     config.train.batch_size = 8  # states per UNet call; changes speed and memory, not results [one step]
     config.train.gradient_checkpointing = False  # recompute activations: a fraction of the memory, a third more time

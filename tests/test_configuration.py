@@ -51,7 +51,7 @@ def test_paper_run_number_for_number(paper):
         "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-4, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
         "trajectories_per_update": 128, "accumulate_over": "stage", "num_epochs": 2, "clip_range": 0.1,
         "adv_clip": 5.0, "positive_weight": 1.0, "negative_weight": 1.0,
-        "lora_rank": 4, "lora_targets": (), "step_weights": "one", "value_baseline": False,
+        "lora_rank": 4, "lora_targets": (), "step_weights": "one", "ema_decay": 0.0, "value_baseline": False,
     }  # fmt: skip
 
 

@@ -90,6 +90,7 @@ def _check_numbers(config):
     for field in ABOVE_0:
         value = _get(config, field)
         _require(math.isfinite(value) and value > 0, field, value, "must be a finite number above 0")
+    _require(0 <= config.train.ema_decay < 1, "train.ema_decay", config.train.ema_decay, "must be in [0, 1)")
     _require(config.sample.eta <= 1, "sample.eta", config.sample.eta, "must be at most 1")
     level, sampler = config.sample.noise_level, config.sample.sampler
     _require(level <= 1 or sampler != "cps", "sample.noise_level", level,

@@ -39,6 +39,7 @@ ADDED = {  # settings that earlier runs lack, and what those did
     "schedule.forks": [], "schedule.untrained": 0, "select.credit": "", "sample.sampler": "cps",
     "sample.noise_level": 0.7, "sample.prefix": "sde", "sample.resolution": 0, "pretrained.max_sequence_length": 256,
     "train.step_weights": "one", "train.lora_targets": [],
+    "train.ema_decay": 0.0,
 }  # fmt: skip
 RENAMED = {"train.beta1": "train.positive_weight", "train.beta2": "train.negative_weight"}
 

@@ -8,6 +8,7 @@ import math
 import time
 
 from .. import STARTED
+from ..average import evaluated
 from ..evaluate import before_after
 from ..models import Models
 from ..report import page
@@ -42,7 +43,7 @@ def main(config):
             page.main(run.folder)
             written = time.perf_counter()
             took, started = written - started, written
-    before_after.main(config, run.checkpoint, run.folder, loaded=loaded)
+    before_after.main(config, evaluated(config, run.checkpoint), run.folder, loaded=loaded)
     if processes.rank() == 0:
         page.main(run.folder)
 

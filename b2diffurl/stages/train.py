@@ -7,7 +7,8 @@ import time
 import numpy as np
 import torch
 
-from .. import adam
+from .. import adam, average
+from ..average import Average
 from ..credit import assign
 from ..errors import UserError
 from ..families import lora
@@ -94,10 +95,14 @@ def _resume(config, policy, parameters, before):
     """The Learner as the checkpoint folder `before` left it, a fresh one where that is None."""
     left = 1 - config.stage / config.schedule.stage_count if config.train.lr_schedule == "linear" else 1.0
     learner = Learner(policy, build_optimizer(config.train, parameters, left))
+    if config.train.ema_decay:
+        learner.average = Average(parameters, config.train.ema_decay)
     if before:
         stored = storage.read_tensors(before / "optimizer.safetensors", "run_train.py")
         adam.restore(learner.optimizer, parameters, stored)
         learner.headroom = stored[HEADROOM].item() if HEADROOM in stored else 1.0
+        if learner.average:
+            learner.average.restore(stored)
     return learner
 
 
@@ -209,9 +214,16 @@ def provenance(config):
 
 
 def save_checkpoint(config, learner, folder):
-    """The LoRA in diffusers' form with what made it as metadata; AdamW's state and the loss scale's headroom."""
+    """The LoRA and its average in diffusers' form with what made it as metadata; the state to go on from.
+
+    That is AdamW's, the average's, and the loss scale's headroom.
+    """
     denoiser = learner.policy.denoiser
     folder.mkdir()
     lora.save(denoiser, folder, provenance(config))
+    if learner.average:
+        with learner.average.in_place():
+            lora.save(denoiser, folder / average.FOLDER, provenance(config))
     state = adam.state_of(learner.optimizer, lora.parameters(denoiser)) | {HEADROOM: torch.tensor(learner.headroom)}
+    state |= learner.average.state() if learner.average else {}
     storage.write_tensors(folder / "optimizer.safetensors", state)

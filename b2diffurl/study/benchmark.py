@@ -14,6 +14,7 @@ import sys
 import time
 import typing
 
+from ..average import evaluated
 from ..errors import UserError
 from ..evaluate import before_after
 from ..evaluate.measures import feature_distance
@@ -122,7 +123,9 @@ def run(job, out):
         if row["queries"] % EVERY == 0 or config.stage == stages - 1:
             stored = place.stage / "evaluation.json"
             if not stored.exists():
-                storage.write_json(stored, measure(config, place.checkpoint, loaded, TASKS[job.task].success))
+                storage.write_json(
+                    stored, measure(config, evaluated(config, place.checkpoint), loaded, TASKS[job.task].success)
+                )
             row |= storage.read_json(stored, "the benchmark")
         rows.append(row)
     return rows

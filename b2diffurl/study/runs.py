@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 
+from ..average import evaluated as averaged
 from ..errors import UserError
 from ..evaluate import before_after
 from ..models import Models
@@ -54,7 +55,7 @@ def run(job, out, kind):
         if evaluated(config):
             stored = place.stage / "evaluation.json"
             if not stored.exists():
-                storage.write_json(stored, measure(config, place.checkpoint, loaded))
+                storage.write_json(stored, measure(config, averaged(config, place.checkpoint), loaded))
             row |= storage.read_json(stored, "the study")
         rows.append(row)
     return rows
