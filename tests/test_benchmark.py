@@ -21,7 +21,8 @@ def test_every_job_can_be_configured(tmp_path):
         config = benchmark.configure(job, tmp_path)
         names.add(config.exp_name)
         per_stage = config.sample.groups * config.sample.branches
-        assert config.schedule.stage_count * per_stage == benchmark.BUDGET
+        wanted = benchmark.SEARCH_BUDGET if job.seed == benchmark.SEARCH_SEED else benchmark.BUDGET
+        assert config.schedule.stage_count * per_stage == benchmark.LESS.get(job.arm, wanted)
         assert benchmark.EVERY % per_stage == 0
         assert getattr(ladder, benchmark.TASKS[job.task].success)
         assert ("search" in config.prompts.test) == (job.seed == benchmark.SEARCH_SEED)
@@ -86,7 +87,14 @@ def test_arms_are_compared_by_seed_and_corrected(monkeypatch):
     lines = benchmark_report.differences(benchmark_report.runs_of(rows[::-1]), base)
     gaps = [(b - d) / 4 for b, d in zip(*ends.values(), strict=True)]  # the last stretch is half of the path
     mean, low, high = interval(gaps)
-    assert any(f"| dark | b2 | ddpo | 3 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |" in line for line in lines)
+    assert any(
+        f"| {mean:+.3f} [{low:+.3f}, {high:+.3f}] |" in line for line in lines if "| dark | b2 | ddpo | 3 |" in line
+    )
+    shorter = [row for row in rows if row["arm"] == "ddpo" or row["stage"] == 0]  # b2 went half as far, and no further
+    lines = benchmark_report.differences(benchmark_report.runs_of(shorter), base)
+    (line,) = [line for line in lines if "| dark | b2 | ddpo | 3 |" in line]
+    assert "| +0.000 [+0.000, +0.000] | 1 |" in line
+    assert "| -0.217 " in line
     monkeypatch.setattr(benchmark_report, "MARKS", (0.55, 0.9))
     table = benchmark_report.table(benchmark_report.runs_of(rows), base)
     to_mark = 240 + 240 * (0.55 - 0.3) / (0.6 - 0.3)  # the middle one of b2's three, of whom one never comes there

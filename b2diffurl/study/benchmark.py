@@ -46,18 +46,28 @@ TASKS = {
     "dark": Task(LADDER + "right_dark", "right_dark", "study", "search"),
     "left": Task(LADDER + "right_left", "right_left", "study", "search"),
 }
-SUM = {"train.log_prob": "sum", "train.clip_range": 0.2}
-ARMS = {  # over the preset `shapes`
+SHARED = {"train.log_prob": "sum", "train.clip_range": 0.2, "train.learning_rate": 8e-3}
+LEAN = {"train.step_weights": "inverse_gain", "select.credit": "group", "sample.groups": 24}
+ARMS = {  # over the preset `shapes` and SHARED
     "ddpo": {"method": "ddpo"},
     "ddpo_contrast": {"method": "ddpo", "select.credit": "contrast"},
     "ddpo_bpt": {"method": "ddpo_bpt"},
     "ddpo_bs": {"method": "ddpo_bs", "schedule.right": 17},
     "b2": {"method": "b2"},
+    "b2_lean": {"method": "b2", **LEAN},
+    "ddpo_lean": {"method": "ddpo", **LEAN},
 }
 BUDGET, EVERY = 2880, 240  # reward queries of a run, and between two evaluations
+LESS = dict.fromkeys(("b2_lean", "ddpo_lean"), BUDGET // 2)  # arms that must do with less
+SEARCH_BUDGET = BUDGET // 2
 SEEDS = range(401, 411)
 SEARCH_SEED = 201
-GRID = {}  # arm: [settings]
+GRID = {  # what the search tries: {arm: [settings over it]}
+    "b2": [{"train.learning_rate": 4e-3}, {}, {"train.step_weights": "inverse_gain"}],
+    "ddpo": [{"train.learning_rate": 4e-3}, {}],
+    "b2_lean": [{"train.learning_rate": 4e-3}, {}, {"select.credit": "contrast", "train.trajectories_per_update": 16}],
+    "ddpo_lean": [{"train.learning_rate": 4e-3, "select.credit": "all"}],
+}
 KEYS = ("task", "arm", "settings", "seed")  # of a run
 TEXTS = (*KEYS[:3], "by_prompt_train", "by_prompt_test")
 COUNTS = ("seed", "stage", "queries", "updates", "kept", "unet_evals", "forwards")
@@ -103,11 +113,12 @@ def configure(job, out):
         "exp_name": job.name().replace(" ", "_").replace(",", ""), "save_path": str(out / "runs"), "seed": job.seed,
         "reward.name": task.reward, "prompts.train": f"prompts/shapes_{lists}_train.json",
         "prompts.test": f"prompts/shapes_{lists}_test.json", "evaluate.images_per_prompt": 16,
-        "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **SUM, **ARMS[job.arm], **dict(job.settings),
+        "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **SHARED, **ARMS[job.arm], **dict(job.settings),
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     config = parse(["benchmark", "--config", "config/stage_process.py:shapes", *flags])[0]
-    config.schedule.stage_count = BUDGET // (config.sample.groups * config.sample.branches)
+    budget = SEARCH_BUDGET if job.seed == SEARCH_SEED else LESS.get(job.arm, BUDGET)
+    config.schedule.stage_count = budget // (config.sample.groups * config.sample.branches)
     return config
 
 
@@ -216,12 +227,12 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="docs/benchmark", type=pathlib.Path, help="folder of the results and the runs")
     parser.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and a seed")
     parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=TASKS)
-    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     given = parser.parse_args()
-    kind, jobs = "results", benchmark_jobs(given.tasks, given.arms, given.seeds)
+    kind, jobs = "results", benchmark_jobs(given.tasks, given.arms or ARMS, given.seeds)
     if given.search:
-        kind, jobs = "search", search_jobs(given.tasks, given.arms)
+        kind, jobs = "search", search_jobs(given.tasks, given.arms or GRID)
     try:
         (given.out / kind).mkdir(parents=True, exist_ok=True)
         main(given.out / kind, jobs)

@@ -51,6 +51,11 @@ def area(path):
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
+def until(path, last):
+    """The part of a path that is not beyond `last`."""
+    return tuple(values[path[0] <= last] for values in path)
+
+
 def table(runs, base):
     """Markdown lines: every cell's runs, mean and 95 % interval over seeds by Student's t."""
     marks = " | ".join(f"queries to {mark}: median (runs that came there)" for mark in MARKS)
@@ -80,21 +85,28 @@ def _median(values):
 
 
 def differences(runs, base):
-    """Markdown lines: every arm against b2 and ddpo by seed, in the area under its held-out curve; Holm's p-values."""
+    """Markdown lines: every arm against b2 and ddpo by seed, at the ends and in the area, with Holm's p-values for it.
+
+    The area is that under the held-out curve as far as both runs went.
+    """
     found = []
     for (task, arm, settings), own in runs.items():
         for other in ("b2", "ddpo"):
             theirs = runs.get((task, other, ""), {})
             shared = sorted(own.keys() & theirs.keys())
             if arm != other and not settings and len(shared) > 1:
-                pairs = [[area(path_of(run[seed], base[task])) for run in (own, theirs)] for seed in shared]
-                found.append((task, arm, other, [a - b for a, b in pairs]))
+                pairs = [[path_of(run[seed], base[task]) for run in (own, theirs)] for seed in shared]
+                ends = [a[1][-1] - b[1][-1] for a, b in pairs]
+                areas = [area(until(a, b[0][-1])) - area(until(b, a[0][-1])) for a, b in pairs]
+                found.append((task, arm, other, ends, areas))
     if not found:
         return []
-    corrected = holm([p_value(values) for *_, values in found])
-    lines = ["| task | arm | against | seeds | area under the held-out curve | p, by Holm |", "| --- " * 6 + "|"]
-    for (task, arm, other, values), p in zip(found, corrected, strict=True):
-        lines.append(f"| {task} | {arm} | {other} | {len(values)} | {said_of(values, '+.3f')} | {p:.2g} |")
+    corrected = holm([p_value(areas) for *_, areas in found])
+    head = "| task | arm | against | seeds | held-out: end | area | p of the area, by Holm |"
+    lines = [head, "| --- " * 7 + "|"]
+    for (task, arm, other, ends, areas), p in zip(found, corrected, strict=True):
+        gaps = f"{said_of(ends, '+.3f')} | {said_of(areas, '+.3f')}"
+        lines.append(f"| {task} | {arm} | {other} | {len(ends)} | {gaps} | {p:.2g} |")
     return lines
 
 
