@@ -5,6 +5,10 @@ import hashlib
 import importlib.util
 import os
 
+import numpy as np
+
+from .folder import flat
+
 
 def track(config, step, values, log, images=()):
     """Send a finished step's figures, and PIL images where given, to config.log_with; "" sends nothing.
@@ -18,12 +22,22 @@ def track(config, step, values, log, images=()):
             raise ModuleNotFoundError(f"{config.log_with} is not installed")
         tracker = _tracker(config.log_with, config.exp_name, os.path.abspath(config.save_path))
         if config.stage == 0 and step == "sample":
-            tracker.store_init_configuration(config.to_dict())
-        tracker.log({"stage": config.stage, **{_unique(step, name): value for name, value in values.items()}})
-        if images:
+            tracker.store_init_configuration(_plain(config))
+        figures = {"stage": config.stage, **{_unique(step, name): value for name, value in values.items()}}
+        where = {"step": config.stage} if config.log_with == "tensorboard" else {}  # wandb counts its own
+        tracker.log(figures, **where)
+        if images and where:
+            pictures = np.stack([np.asarray(image) for image in images])
+            tracker.log_images({f"{step}/images": pictures}, **where, dataformats="NHWC")
+        elif images:
             tracker.log_images({f"{step}/images": list(images)})
     except Exception as error:
         log.warning(f"stage {config.stage} {step}: not sent to {config.log_with} ({error})")
+
+
+def _plain(config):
+    """{dotted name: value} of all settings, as every tracker can hold them."""
+    return {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in flat(config).items()}
 
 
 def _unique(step, name):
@@ -36,8 +50,11 @@ def _tracker(kind, exp_name, save_path):
     """The experiment's tracker, one a process; all continue the run whose id follows from the run's folder."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(log_with=kind)
-    number = hashlib.sha256(save_path.encode()).hexdigest()[:8]
-    options = {"id": f"{exp_name}-{number}", "name": exp_name, "resume": "allow", "dir": "log"}
-    accelerator.init_trackers("b2diffurl", init_kwargs={kind: options})
+    name = f"{exp_name}-{hashlib.sha256(save_path.encode()).hexdigest()[:8]}"
+    accelerator = Accelerator(log_with=kind, project_dir="log")
+    if kind == "tensorboard":
+        accelerator.init_trackers(f"tensorboard/{name}")
+    else:
+        options = {"id": name, "name": exp_name, "resume": "allow", "dir": "log"}
+        accelerator.init_trackers("b2diffurl", init_kwargs={kind: options})
     return accelerator.get_tracker(kind)
