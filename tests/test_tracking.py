@@ -1,4 +1,4 @@
-"""One tracked run per experiment, by the real wandb in offline mode; a tracker's failure costs a warning."""
+"""One tracked run per experiment, by the real trackers: wandb offline and tensorboard; a failure costs a warning."""
 
 import logging
 import os
@@ -43,6 +43,23 @@ def test_every_process_continues_the_experiments_run_and_sends_its_pictures(tmp_
         for name in (b"reward/mean", b"sample/perf/images_per_s", b"sample/time_s", b"select/time_s", b"b2diffurl"):
             assert name in data
         assert len(list(run.glob("files/media/images/**/*.png"))) == 2
+
+
+def test_tensorboard_has_the_figures_by_stage_and_the_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "log").mkdir()
+    for name in ("config", "model", "prompts"):
+        (tmp_path / name).symlink_to(os.path.abspath(name))
+    for stage in ("", "config.stage = 1\n"):
+        code = STEP.replace("wandb", "tensorboard").replace("images = [", f"{stage}images = [")
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    (folder,) = (tmp_path / "log/tensorboard").glob("mine-*")
+    found = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("reward/mean")] == [(0, 0.25), (1, 0.25)]
+    assert {"sample/perf/images_per_s", "sample/time_s", "select/time_s"} <= {*found.Tags()["scalars"]}
+    assert [event.step for event in found.Images("select/images")] == [0, 1]
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def track(config, step, values, log, images=()):
         if images and where:
             pictures = np.stack([np.asarray(image) for image in images])
             tracker.log_images({f"{step}/images": pictures}, **where, dataformats="NHWC")
+            tracker.tracker.flush()  # or a process that ends may lose them
         elif images:
             tracker.log_images({f"{step}/images": list(images)})
     except Exception as error:
