@@ -323,14 +323,17 @@ def test_a_server_that_is_wrong_is_one_line(server, answers, message):
         remote.Remote(server, 8, 5)(grey(51), ["p"], [{}])
 
 
-def test_a_server_that_is_not_there_or_silent_is_one_line(server):
+def test_a_server_that_is_not_there_or_silent_is_one_line(server, monkeypatch):
     with pytest.raises(UserError, match=r"did not score 1 images .*refused"):
         remote.Remote("http://127.0.0.1:9/score", 8, 5)(grey(51), ["p"], [{}])
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
+        asked, post = [], remote.Remote._post
+        monkeypatch.setattr(remote.Remote, "_post", lambda *given: asked.append(1) or post(*given))
         with pytest.raises(UserError, match="timed out"):
             remote.Remote(f"http://127.0.0.1:{silent.getsockname()[1]}/", 8, 0.05)(grey(51), ["p"], [{}])
+        assert len(asked) == 2 < len(remote.WAITS) + 1
 
 
 def test_jpeg_size():

@@ -37,6 +37,7 @@ class Remote:
     def _ask(self, images, prompts, metadata):
         pictures = [_png(image) for image in images]
         body = json.dumps({"prompts": prompts, "metadata": metadata, "images": pictures}).encode()
+        silent = 0
         for wait in (*WAITS, None):
             try:
                 return self._scores(self._post(body), len(prompts))
@@ -45,7 +46,10 @@ class Remote:
                 if error.code < 500 and error.code != 429:  # the request is wrong, and will be the next time
                     break
             except (OSError, http.client.HTTPException) as error:  # nobody there, or no answer within the time
-                said = str(getattr(error, "reason", error))
+                why = getattr(error, "reason", error)
+                said, silent = str(why), silent + isinstance(why, TimeoutError)
+                if silent == 2:  # each costs the whole timeout
+                    break
             if wait is not None:
                 time.sleep(wait)
         raise UserError(
