@@ -11,7 +11,7 @@ from b2diffurl.plan import METHODS
 ROOT = pathlib.Path("b2diffurl")
 LIBRARY = sorted(ROOT.rglob("*.py"))
 LEVELS = (  # imports go to earlier levels, or stay within the room; shapes, the world, imports nothing of the others
-    "errors ahead adam average schedule noise selection losses step_weights gaussian guidance flow first_pass "
+    "errors ahead adam average schedule noise selection losses step_weights watch gaussian guidance flow first_pass "
     "rewards.history seeds shapes",
     "ddim plan value",
     "credit rollout",
@@ -37,6 +37,7 @@ PURE = [
     "credit",
     "losses",
     "step_weights",
+    "watch",
     "first_pass",
     "rewards.history",
     "seeds",

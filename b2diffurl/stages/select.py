@@ -13,8 +13,10 @@ from ..models import Models
 from ..plan import stage_plan
 from ..rewards.history import RewardHistory
 from ..run import metrics, processes, storage
+from ..run.config import reward_terms
 from ..run.tracking import track
 from ..shapes.oracle import verdicts
+from ..watch import WINDOW, parted
 from .begin import begin
 from .sample import image_rows
 from .trajectories import write_credit
@@ -54,6 +56,7 @@ def main(config, started=None, loaded=None):
         values["time_s"] = round(time.perf_counter() - started, 3)
         write_credit(run.stage / "selected.safetensors", credit)
         metrics.record(run.metrics, config, "select", values)
+        _warn(config, metrics.read(run.metrics), log)
         scores = [
             {**row, "reward": float(r), "normalised": float(n), "kept": bool(k)}
             for row, r, n, k in zip(rows, raw, normalised, kept, strict=True)
@@ -67,6 +70,18 @@ def main(config, started=None, loaded=None):
         )  # fmt: skip
 
     processes.agree(conclude)
+
+
+def _warn(config, records, log):
+    """Say in the log where the reward rises and the oracle, or another reward of the mix, does not."""
+    lines = [line for line in records if line["step"] == "select" and line["stage"] <= config.stage]
+    names = {"oracle/alignment", *(f"reward/{name}" for name, _ in reward_terms(config.reward.name))}
+    series = {name: [line[name] for line in lines if name in line] for name in sorted(names)}
+    for name in parted([line["reward/mean"] for line in lines], series):
+        log.warning(
+            f"stage {config.stage} select: reward/mean has risen over the last {2 * WINDOW} stages and {name} has not: "
+            "look at the pictures, the reward may be gamed"
+        )
 
 
 def _history(path):
