@@ -1,6 +1,6 @@
 """The ground truth: reads a picture by colour segmentation and template matching and says whether a prompt holds.
 
-Nothing here is learned, and no training ever sees its verdict: it tells alignment from reward hacking.
+Nothing here is learned, and only the rewards of ladder.py train on its verdict: it tells alignment from reward hacking.
 """
 
 import dataclasses
