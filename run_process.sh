@@ -54,8 +54,13 @@ report() { # of several machines the first one writes it
   [ "${machine:-0}" != 0 ] || "$PYTHON" -m b2diffurl.report "$folder" >/dev/null || echo "report.html was not written"
 }
 
+average() { # what is evaluated and used is the LoRA's average where config.train.ema_decay keeps one
+  if [ -d "$last/ema" ]; then last=$last/ema; fi
+}
+
 if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process
   "${launch[@]}" -m b2diffurl.stages.loop "${config[@]}"
+  average
 else
   for ((stage = 0; stage < stages; stage++)); do
     if [ -d "$folder/stage$stage/checkpoints" ]; then
@@ -67,7 +72,7 @@ else
     done
     report
   done
-  [ ! -d "$last/ema" ] || last=$last/ema # config.train.ema_decay
+  average
   "${launch[@]}" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
   report
 fi

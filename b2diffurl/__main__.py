@@ -6,7 +6,17 @@ import runpy
 import sys
 
 SCRIPTS = ("sample", "select", "train")  # run_*.py
-MODULES = ("evaluate", "report", "export", "when_decided", "study", "bench", "shapes.build")  # python -m b2diffurl.*
+MODULES = (
+    "evaluate",
+    "report",
+    "export",
+    "when_decided",
+    "gradient_signal",
+    "study",
+    "study.benchmark",
+    "bench",
+    "shapes.build",
+)  # python -m b2diffurl.*
 COMMANDS = ("process", *SCRIPTS, *MODULES)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from .guidance import to_device
 from .rollout import Rollout
+from .step_weights import step_weights
 
 
 @dataclasses.dataclass
@@ -47,6 +48,12 @@ class Experience:
     def dimensions(self):
         """How many numbers a latent has."""
         return self.rollout.states[0].numel()
+
+
+def weighted(experience, gain, kind):
+    """The experience with the step weights of a kind, on its device; gain: of the kernel, by step."""
+    weights = step_weights(gain, experience.rollout.step[experience.row], kind)
+    return dataclasses.replace(experience, weight=None if weights is None else weights.to(experience.advantage.device))
 
 
 def rows_of(experience, samples):

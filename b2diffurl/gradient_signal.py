@@ -1,18 +1,21 @@
-"""Does a stage's gradient say anything? What two independent halves of its groups agree on, by denoising step.
+"""Does a stage's gradient say anything? What two halves of its groups agree on, by denoising step.
 
 `python -m b2diffurl.gradient_signal --config config/stage_process.py:PRESET --config.stage=I --out DIR`, with the run's
 settings, after run_sample.py and run_select.py of that stage; writes gradient_signal.json into DIR. The more groups the
 stage has, the finer the answer: 160 with shapes, which takes two minutes.
 
-Both halves' gradients are estimates g of one policy gradient S, with noise N of their own. So their cosine is about
-|S|² / (|S|² + |N|²), N of a half, and 0 where the step is noise alone; two unrelated gradients of n numbers have one of
-±1/√n. A step's share says how much of the whole gradient it is, whatever it is worth.
+Both halves' gradients are estimates of one policy gradient S, with noise N of their own. So their cosine is about
+|S|² / (|S|² + |N|²), N of a half, and 0 where the step is noise alone, but for the prompts and their normalisation,
+which the halves share. Unrelated gradients that fill n directions alike have a cosine of ±1/√n. A step's share says how
+much of the whole gradient it is, whatever it is worth.
 """
 
 import pathlib
 
 import torch
 
+from .errors import UserError
+from .losses import ALGORITHMS
 from .models import Models
 from .plan import stage_plan
 from .run import storage
@@ -20,17 +23,21 @@ from .run.command import run_main
 from .run.folder import Run
 from .stages.trajectories import read_credit, read_experience
 from .step_weights import KINDS, step_weights
-from .update import losses_of
+from .update import loss_scale, losses_of, pretrained_means
 
 
 def main(config, out):
     """Print the table of config.stage and write it; raises UserError where the stage was not selected."""
     run, plan = Run(config), stage_plan(config)
     credit = read_credit(run.stage / "selected.safetensors")
+    if not len(credit["row"]):
+        raise UserError(f"stage {config.stage} of {run.folder}: nothing was selected, so there is no gradient")
     experience, negative = read_experience(run.stage / "samples.safetensors", plan, config.sample.groups, credit)
     policy, parameters = Models(config).trainable(run.require_previous(), negative)
-    half = credit["row"] // len(plan.transitions.step) % 2
-    found = gradients(policy, parameters, experience.to(policy.device), half, config.train)
+    half, experience = credit["row"] // len(plan.transitions.step) % 2, experience.to(policy.device)
+    if ALGORITHMS[config.train.algorithm].pretrained:
+        experience.pretrained_mean, _ = pretrained_means(policy, experience, config.train.batch_size)
+    found = gradients(policy, parameters, experience, half, config.train)
     table = summary(found, {step: policy.kernel.gain(step) for step in found})
     out = pathlib.Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -47,14 +54,15 @@ def gradients(policy, parameters, experience, half, train):
     half: (n,) 0 or 1 for every row of the experience; parameters: {name: parameter}.
     """
     steps, found = experience.rollout.step[experience.row], {}
+    scale = loss_scale(policy, experience, 1, train)  # of one transition: losses are summed here
     for step in steps.unique().tolist():
         own = []
         for number in (0, 1):
             for parameter in parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
             for rows in torch.nonzero((half == number) & (steps == step)).flatten().split(train.batch_size):
-                losses_of(policy, experience, rows, train)[0].sum().backward()
-            own.append(torch.cat([parameter.grad.flatten() for parameter in parameters.values()]))
+                (losses_of(policy, experience, rows, train)[0].sum() * scale).backward()
+            own.append(torch.cat([parameter.grad.flatten() / scale for parameter in parameters.values()]))
         found[step] = torch.stack(own)
     return found
 

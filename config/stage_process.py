@@ -98,10 +98,7 @@ def sdv1_4():
     config.train = ml_collections.ConfigDict()
     config.train.algorithm = "ddpo_is"  # the loss, see losses.py: ddpo_is (the paper's) | ddpo_sf | dpok | dpo
     config.train.log_prob = "mean"  # over the latent's dimensions: mean (DDPO's code) | sum (the joint density)
-    config.train.step_weights = (
-        "one"  # one (the paper's) | inverse_gain: the same gradient from every step, not most from
-    )
-    # the last ones, which decide the least
+    config.train.step_weights = "one"  # one (the paper's) | inverse_gain: as much gradient from every step
     config.train.kl_weight = 0.01  # of dpok's KL to the pre-trained model, nats (per dimension where log_prob is mean)
     config.train.value_baseline = False  # dpok: subtract a learned V(x_t, t, prompt) from the advantages
     config.train.value_learning_rate = 1e-4  # of its Adam

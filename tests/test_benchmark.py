@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from b2diffurl.seeds import interval
+from b2diffurl.seeds import interval, lower_bound, p_value
 from b2diffurl.shapes import ladder
 from b2diffurl.study import benchmark, benchmark_report, results
 
@@ -84,18 +84,38 @@ def test_arms_are_compared_by_seed_and_corrected(monkeypatch):
     base = {"dark": {"success_test": 0.2, "success_train": 0.2, "diversity_train": 0.1}}
     ends = {"b2": (0.5, 0.6, 0.75), "ddpo": (0.4, 0.55, 0.6)}
     rows = [row for arm, own in ends.items() for seed, end in enumerate(own) for row in rows_of(arm, seed, (0.3, end))]
-    lines = benchmark_report.differences(benchmark_report.runs_of(rows[::-1]), base)
+    (line,) = benchmark_report.differences(benchmark_report.runs_of(rows[::-1]), base)[2:]
     gaps = [(b - d) / 4 for b, d in zip(*ends.values(), strict=True)]  # the last stretch is half of the path
     mean, low, high = interval(gaps)
-    assert any(
-        f"| {mean:+.3f} [{low:+.3f}, {high:+.3f}] |" in line for line in lines if "| dark | b2 | ddpo | 3 |" in line
-    )
+    assert f"| dark | b2 | ddpo | 3 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {p_value(gaps):.2g} |" == line
     shorter = [row for row in rows if row["arm"] == "ddpo" or row["stage"] == 0]  # b2 went half as far, and no further
-    lines = benchmark_report.differences(benchmark_report.runs_of(shorter), base)
-    (line,) = [line for line in lines if "| dark | b2 | ddpo | 3 |" in line]
+    (line,) = benchmark_report.differences(benchmark_report.runs_of(shorter), base)[2:]
     assert "| +0.000 [+0.000, +0.000] | 1 |" in line
-    assert "| -0.217 " in line
     monkeypatch.setattr(benchmark_report, "MARKS", (0.55, 0.9))
     table = benchmark_report.table(benchmark_report.runs_of(rows), base)
     to_mark = 240 + 240 * (0.55 - 0.3) / (0.6 - 0.3)  # the middle one of b2's three, of whom one never comes there
     assert f"| {to_mark:.0f} (2 of 3) | - (0 of 3) |" in table[-2]
+
+
+def test_the_primary_outcome_is_over_the_seeds_that_have_all_tasks():
+    base = {task: {"success_test": 0.2, "success_train": 0.2, "diversity_train": 0.1} for task in ("dark", "left")}
+    ends = {"b2_lean": ((0.5, 0.7, 0.9), (0.4, 0.5)), "b2": ((0.6, 0.6, 0.1), (0.3, 0.3))}  # by task and seed
+    rows = [
+        {**row, "task": task}
+        for arm, of_task in ends.items() for task, own in zip(base, of_task, strict=True)
+        for seed, end in enumerate(own) for row in rows_of(arm, seed, (0.3, end))
+    ]  # fmt: skip
+    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), base)[2:]
+    gaps = [((0.5 - 0.6) + (0.4 - 0.3)) / 2, ((0.7 - 0.6) + (0.5 - 0.3)) / 2]
+    mean, low, high = interval(gaps)
+    wanted = f"| b2_lean at its half - b2 | 2 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {lower_bound(gaps):+.3f} |"
+    assert line.startswith(wanted)
+    assert line.endswith("| 1.00 |")
+    assert benchmark_report.primary(benchmark_report.runs_of(rows[:1]), base) == []
+
+
+def test_the_lower_bound_is_students():
+    rng = np.random.default_rng(0)
+    for count in (2, 5, 10):
+        bounds = [lower_bound(values) for values in rng.normal(size=(20_000, count))]
+        assert np.mean(np.array(bounds) > 0) == pytest.approx(0.05, abs=0.006)

@@ -91,7 +91,7 @@ BAD = {
     "--config.train.target_kl=nan": "config.train.target_kl=nan",
     "--config.train.kl_weight=-0.1": "config.train.kl_weight=-0.1",
     "--config.reward.name=beauty": "config.reward.name='beauty'",
-    "--config.log_with=tensorboard": "config.log_with='tensorboard'",
+    "--config.log_with=comet": "config.log_with='comet'",
     "--config.train.learning_rate=0": "config.train.learning_rate=0",
     "--config.train.learning_rate=nan": "config.train.learning_rate=nan",
     "--config.sample.eta=0": "config.sample.eta=0",
@@ -148,7 +148,7 @@ def test_bad_prompt_files(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-LINES = """{"prompt": "two cats", "count": {"cat": 2}, "from": "a list"}
+LINES = """{"prompt": "two cats", "count": {"cat": 2}, "from": "a\u2028list"}
 
 {"prompt": "a dog"}
 {"prompt": "a dog"}
@@ -159,7 +159,7 @@ def test_prompts_in_lines_say_more_and_belong_to_the_run(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(LINES)
     assert read_prompts(path) == ["two cats", "a dog", "a dog"]
-    assert read_metadata(path) == {"two cats": {"count": {"cat": 2}, "from": "a list"}}
+    assert read_metadata(path) == {"two cats": {"count": {"cat": 2}, "from": "a\u2028list"}}
     config = parse([*PRESET, f"--config.prompts.train={path}"])[0]
     before = flat(config)["prompts.train_sha256"]
     path.write_text(LINES.replace("2}", "3}"))
@@ -174,7 +174,7 @@ def test_prompts_in_lines_say_more_and_belong_to_the_run(tmp_path):
         ('{"text": "a"}', "line 1: must be an object"),
         ('{"prompt": " "}', "line 1: must be an object"),
         ('{"prompt": "a", "n": 1}\n{"prompt": "a", "n": 2}', "line 2: 'a' was there before"),
-        ('{"prompt": "a"}\n{', "cannot be read as JSON"),
+        ('{"prompt": "a"}\n\n{', "line 3: no JSON"),
     ],
 )
 def test_bad_lines(tmp_path, lines, message):

@@ -1,6 +1,7 @@
 """LoRAs in other programs' forms: read back by diffusers' own readers of them, for the same picture; the model card."""
 
 import argparse
+import hashlib
 import json
 import pathlib
 import re
@@ -137,7 +138,9 @@ def test_card(checkpoints, tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps(flat(config)))
     row = {"prompts": "train", "images": 8, "images_sha256": "", "reward_interval": [0, 1]}
     results = [{**row, "model": model, "reward": reward} for model, reward in (("before", 0.25), ("after", 0.75))]
-    (folder / "eval.json").write_text(json.dumps({"settings": {}, "results": results}))
+    weights = (checkpoint / "pytorch_lora_weights.safetensors").read_bytes()
+    settings = {"sha256": hashlib.sha256(weights).hexdigest()}
+    (folder / "eval.json").write_text(json.dumps({"settings": settings, "results": results}))
     (folder / "before_after.png").write_bytes(b"png")
     sent = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, exist_ok: sent.append(name))
@@ -160,3 +163,10 @@ def test_card(checkpoints, tmp_path, monkeypatch):
     compile(code, "card", "exec")
     assert 'weight_name="l.safetensors"' in code
     assert pathlib.Path(tmp_path / "card/before_after.png").read_bytes() == b"png"
+    average = _copied(checkpoint, checkpoint / "ema")  # the same numbers, so the results are its own too
+    run(average, tmp_path / "ema/l.safetensors", "diffusers", card=True)
+    assert "0.750 [0.000, 1.000]" in (tmp_path / "ema/README.md").read_text()
+    (folder / "eval.json").write_text(json.dumps({"settings": {"sha256": "another's"}, "results": results}))
+    run(checkpoint, tmp_path / "other/l.safetensors", "diffusers", card=True)
+    assert "Before and after" not in (tmp_path / "other/README.md").read_text()
+    assert not (tmp_path / "other/before_after.png").exists()

@@ -7,6 +7,7 @@ import torch
 from test_run import configure
 from test_update import BRANCHES, LENGTH, away_from_the_sampler, gradient, learner_of, sampled, seeded, settings
 
+from b2diffurl.errors import UserError
 from b2diffurl.families import lora
 from b2diffurl.gradient_signal import gradients, main, summary
 from b2diffurl.stages import sample, select
@@ -48,3 +49,25 @@ def test_the_command_on_a_stage(tmp_path):
     table = json.loads((tmp_path / "out/gradient_signal.json").read_text())
     assert [row["step"] for row in table["steps"]] == [2, 3, 4]
     assert table["all_steps"].keys() == {"one", "inverse_gain"}
+    main(configure(tmp_path, *more, "--config.train.algorithm=dpok", "--config.train.log_prob=mean"), tmp_path / "dpok")
+    assert (tmp_path / "dpok/gradient_signal.json").is_file()
+
+
+def test_a_stage_without_a_selection_is_one_line(tmp_path):
+    more = ["--config.select.pos_threshold=99", "--config.select.neg_threshold=-99"]
+    for step in (sample, select):
+        step.main(configure(tmp_path, *more))
+    with pytest.raises(UserError, match="nothing was selected"):
+        main(configure(tmp_path, *more), tmp_path / "out")
+
+
+def test_float16_gradients_are_scaled(scheduler):
+    """Of a transition they can be below float16's smallest number; a small one has the directions of a large one."""
+    learner, both = learner_of(scheduler, torch.float16), []
+    experience = sampled(learner.policy, 6, BRANCHES)
+    named, half = lora.parameters(learner.policy.denoiser), experience.sample // 3
+    for size in (1.0, 1e-4):
+        experience.advantage = torch.linspace(-2, 2, 6)[experience.sample] * size
+        found = gradients(learner.policy, named, experience, half, settings(batch_size=4))
+        both.append(torch.cat([own.flatten() for own in found.values()]) / size)
+    assert (both[0] - both[1]).norm() < 0.2 * both[0].norm()

@@ -16,6 +16,7 @@ from test_update import (
 
 from b2diffurl import gaussian
 from b2diffurl.ddim import DDIM
+from b2diffurl.experience import weighted
 from b2diffurl.flow import SAMPLERS, Flow
 from b2diffurl.step_weights import step_weights
 from b2diffurl.update import accumulate
@@ -45,11 +46,20 @@ def test_every_step_gives_the_same_gradient_at_the_denoisers_output(scheduler, k
     assert step_weights(kernel.gain, steps, "one") is None
 
 
+def test_the_weights_are_where_the_experience_is(scheduler):
+    """What rows are indexed by stays on the CPU, what losses are multiplied by does not."""
+    policy = learner_of(scheduler).policy
+    there = weighted(sampled(policy, n=3).to("meta"), policy.kernel.gain, "inverse_gain")
+    assert there.weight.device == there.advantage.device == torch.device("meta")
+    assert there.rollout.step.device == torch.device("cpu")
+    assert weighted(there, policy.kernel.gain, "one").weight is None
+
+
 def test_the_gradient_is_that_of_the_weighted_losses(scheduler):
     learner = learner_of(scheduler)
     policy, experience = learner.policy, sampled(learner.policy, n=3)
     steps = experience.rollout.step[experience.row]
-    experience.weight = step_weights(policy.kernel.gain, steps, "inverse_gain")
+    experience = weighted(experience, policy.kernel.gain, "inverse_gain")
     away_from_the_sampler(learner)
 
     def loss_of(row, density):

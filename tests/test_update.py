@@ -331,8 +331,10 @@ def test_a_lora_of_chosen_layers():
     assert chosen == wanted
     assert any("attn1.to_v" in name for name in chosen)
     assert not any("attn1.to_k" in name for name in chosen)
-    with pytest.raises(UserError, match=r"lora_targets: UNet2DConditionModel has no layer 'o_k'"):
+    with pytest.raises(UserError, match=r"lora_targets: UNet2DConditionModel has no linear layer 'o_k'"):
         lora_module.add(build_unet(), ("to_q", "o_k"), rank=2, seed=0)
+    with pytest.raises(UserError, match="has no linear layer 'attn2'"):
+        lora_module.add(build_unet(), ("attn2",), rank=2, seed=0)
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo_is", "ddpo_sf", "dpok", "dpo"])

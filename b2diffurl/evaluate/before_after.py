@@ -20,7 +20,7 @@ from ..rewards import clip_of
 from ..rollout import denoise
 from ..run import processes, storage
 from ..run.folder import Run, start_log
-from ..run.prompts import read_prompts
+from ..run.prompts import read_metadata, read_prompts
 from ..shapes.oracle import verdicts
 from . import contact_sheet
 from .measures import Quality, feature_distance
@@ -44,6 +44,8 @@ def main(config, checkpoint, out, prompts="", loaded=None):
         paths = {pathlib.Path(prompts).stem: prompts}
     lists = {name: read_prompts(path) for name, path in paths.items()}
     settings = _settings(config, checkpoint, lists)
+    metadata = {name: more for name, path in paths.items() if (more := read_metadata(path))}
+    settings |= {"metadata": metadata} if metadata else {}
     log = start_log(Run(config))
     stored = storage.read_json(out / "eval.json", "the evaluation") if (out / "eval.json").exists() else {}
     if processes.first(stored.get("settings") == settings):

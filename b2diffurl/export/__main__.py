@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import sys
 
+from ..average import FOLDER
 from ..errors import UserError
 from ..run.storage import read_tensors, write_tensors
 
@@ -50,7 +51,8 @@ def main(arguments):
     checkpoint, out = arguments.checkpoint, arguments.out
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must be a file that ends in .safetensors")
-    page, stage = out.parent / "README.md", checkpoint.resolve().parents[1]
+    page, place = out.parent / "README.md", checkpoint.resolve()
+    stage = (place.parent if place.name == FOLDER else place).parents[1]
     if arguments.card and not stage.name.removeprefix("stage").isdecimal():
         raise UserError(
             f"{checkpoint}: --card needs a run's stage<i>/checkpoints/checkpoint_1, which tells how it was made"
@@ -62,7 +64,7 @@ def main(arguments):
     if arguments.card:
         from . import card
 
-        pictures = card.write(stage.parent, int(stage.name.removeprefix("stage")), out.name, page)
+        pictures = card.write(stage.parent, int(stage.name.removeprefix("stage")), checkpoint, out.name, page)
         files += [page, *(pathlib.Path(shutil.copy(path, out.parent)) for path in pictures)]
     if arguments.push:
         push(arguments.push, files)

@@ -1,5 +1,6 @@
 """A model card, as the hub expects it: what the LoRA was made from, how, what it changed, and how to load it."""
 
+import hashlib
 import json
 import pathlib
 
@@ -46,32 +47,36 @@ always what a prompt says.
 """
 
 
-def write(run, stage, file, path):
+def write(run, stage, checkpoint, file, path):
     """Write the card of a run's stage to path; file: the name of the LoRA's file. -> pictures that belong beside it.
 
-    run: the run's folder, whose config.json tells how it was made; the results are those of eval.json, if it is there.
+    run: the run's folder, whose config.json tells how it was made; the results are those of eval.json, if it is
+    there and of the checkpoint's LoRA.
     """
-    config, picture = read_json(run / "config.json", "run_sample.py"), run / "before_after.png"
+    config, pictures = read_json(run / "config.json", "run_sample.py"), []
+    weights = (checkpoint / "pytorch_lora_weights.safetensors").read_bytes()
+    found = read_json(run / "eval.json", "b2diffurl.evaluate") if (run / "eval.json").exists() else None
+    if found and found["settings"]["sha256"] == hashlib.sha256(weights).hexdigest():
+        pictures = [picture for picture in [run / "before_after.png"] if picture.exists()]
+    else:
+        found = None
     model, prompts = config["pretrained.model"], read_prompts(config["prompts.train"])
     hub_id = not pathlib.Path(model).exists() and model.count("/") == 1
     text = CARD.format(
         base=f"base_model: {json.dumps(model)}\n" if hub_id else "", model=model, name=config["exp_name"], file=file,
-        results=_results(run, picture), method=config["method"], algorithm=config["train.algorithm"],
+        results=_results(found, pictures), method=config["method"], algorithm=config["train.algorithm"],
         reward=config["reward.name"], prompts=f"{len(prompts)} of `{config['prompts.train']}`", stages=stage + 1,
         queries=(stage + 1) * config["sample.groups"] * config["sample.branches"],
         steps=config["sample.num_steps"], guidance=config["sample.guidance_scale"], rank=config["train.lora_rank"],
         learning_rate=config["train.learning_rate"], seed=config["seed"], prompt=json.dumps(prompts[0]),
     )  # fmt: skip
     path.write_text(text, encoding="utf-8")
-    return [picture] if picture.exists() else []
+    return pictures
 
 
-def _results(run, picture):
-    """The evaluation's table, where there is one, and its picture."""
-    lines = []
-    if (run / "eval.json").exists():
-        found = table(read_json(run / "eval.json", "b2diffurl.evaluate")["results"])
-        lines += ["", "## Before and after", "", "```", found, "```"]
-    if picture.exists():
+def _results(found, pictures):
+    """The table of an eval.json, or None, and its pictures."""
+    lines = ["", "## Before and after", "", "```", table(found["results"]), "```"] if found else []
+    for picture in pictures:
         lines += ["", f"![the same noise before and after]({picture.name})"]
     return "\n".join([*lines, ""])

@@ -18,9 +18,9 @@ def add(denoiser, targets, rank, seed):
     """
     from peft import LoraConfig
 
-    names = [f".{name}" for name, _ in denoiser.named_modules()]
+    names = [f".{name}" for name, layer in denoiser.named_modules() if isinstance(layer, torch.nn.Linear)]
     if unknown := [target for target in targets if not any(name.endswith(f".{target}") for name in names)]:
-        raise UserError(f"config.train.lora_targets: {type(denoiser).__name__} has no layer {unknown[0]!r}")
+        raise UserError(f"config.train.lora_targets: {type(denoiser).__name__} has no linear layer {unknown[0]!r}")
     torch.manual_seed(seed)
     denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*targets]))
     return _trainable(denoiser)

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..run.config import is_url, reward_terms
-from ..run.prompts import read_metadata
+from ..run.prompts import read_metadata, read_prompts
 
 
 class Reward:
@@ -74,7 +74,9 @@ def full_float32():
 def load_reward(config, device):
     """The Reward that config.reward.name names, each term loaded once, on the device, in float32 (LLaVA: the run's)."""
     terms = [(name, weight, _load(name, config, device)) for name, weight in reward_terms(config.reward.name)]
-    return Reward(terms, read_metadata(config.prompts.train) | read_metadata(config.prompts.test))
+    train, metadata = config.prompts.train, read_metadata(config.prompts.test)
+    metadata = {prompt: more for prompt, more in metadata.items() if prompt not in read_prompts(train)}
+    return Reward(terms, metadata | read_metadata(train))
 
 
 def _load(name, config, device):

@@ -18,26 +18,31 @@ def read_metadata(path):
 
 def _rows(path):
     """[(prompt, {name: value})] of a prompt file."""
-    lines = str(path).endswith(".jsonl")
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
-        found = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        if str(path).endswith(".jsonl"):
+            return _of_lines(path, text)
+        found = json.loads(text)
     except FileNotFoundError:
         raise UserError(
             f"prompt file {path} does not exist; set config.prompts.train and config.prompts.test"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"prompt file {path} cannot be read as JSON: {error}") from None
-    if lines:
-        return _of_lines(path, found)
     if not isinstance(found, list) or not found or not all(isinstance(p, str) and p.strip() for p in found):
         raise UserError(f'prompt file {path} must hold a JSON array of one or more non-empty strings, like ["a cat"]')
     return [(prompt, {}) for prompt in found]
 
 
-def _of_lines(path, objects):
+def _of_lines(path, text):
     rows, known = [], {}
-    for number, own in enumerate(objects, 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            own = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"prompt file {path}, line {number}: no JSON ({error.msg})") from None
         prompt = own.get("prompt") if isinstance(own, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f'prompt file {path}, line {number}: must be an object such as {{"prompt": "a cat"}}')

@@ -9,6 +9,7 @@ import time
 
 from .. import STARTED
 from ..average import evaluated
+from ..errors import UserError
 from ..evaluate import before_after
 from ..models import Models
 from ..report import page
@@ -40,7 +41,10 @@ def main(config):
         run_stage(config, started, loaded)
         started = time.perf_counter()
         if processes.rank() == 0 and started - written > REPORT_EVERY * took:
-            page.main(run.folder)
+            try:
+                page.main(run.folder)
+            except (UserError, OSError) as error:  # training goes on without it
+                print(f"report.html was not written: {error}", flush=True)
             written = time.perf_counter()
             took, started = written - started, written
     before_after.main(config, evaluated(config, run.checkpoint), run.folder, loaded=loaded)

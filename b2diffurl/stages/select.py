@@ -21,6 +21,8 @@ from .begin import begin
 from .sample import image_rows
 from .trajectories import write_credit
 
+NEARLY_ALL = 0.95  # of the images are right: the oracle's share has little left to rise
+
 
 def main(config, started=None, loaded=None):
     """Write selected.safetensors and scores.json of config.stage; nothing to do if scores.json is there.
@@ -75,7 +77,10 @@ def main(config, started=None, loaded=None):
 def _warn(config, records, log):
     """Say in the log where the reward rises and the oracle, or another reward of the mix, does not."""
     lines = [line for line in records if line["step"] == "select" and line["stage"] <= config.stage]
-    names = {"oracle/alignment", *(f"reward/{name}" for name, _ in reward_terms(config.reward.name))}
+    lines.sort(key=lambda line: line["stage"])
+    names = {f"reward/{name}" for name, weight in reward_terms(config.reward.name) if weight >= 0}
+    if np.mean([line.get("oracle/alignment", 1) for line in lines[-WINDOW:]]) < NEARLY_ALL:
+        names.add("oracle/alignment")
     series = {name: [line[name] for line in lines if name in line] for name in sorted(names)}
     for name in parted([line["reward/mean"] for line in lines], series):
         log.warning(

@@ -11,6 +11,7 @@ from .. import adam, average
 from ..average import Average
 from ..credit import assign
 from ..errors import UserError
+from ..experience import weighted
 from ..families import lora
 from ..families.loading import revision
 from ..first_pass import PolicyMismatch
@@ -22,7 +23,6 @@ from ..report import curves
 from ..run import metrics, processes, storage
 from ..run.folder import flat, prune, that_matter
 from ..run.tracking import track
-from ..step_weights import step_weights
 from ..update import Learner, build_optimizer, count_updates, pretrained_means, train_updates
 from ..value import Baseline
 from .begin import begin
@@ -117,8 +117,7 @@ def _train(config, learner, experience, baseline):
         return {**NO_UPDATE, **planned}
     began, updates, asked_base = time.perf_counter(), [], 0
     before = [parameter.detach().clone() for parameter in learner.parameters]
-    steps = experience.rollout.step[experience.row]
-    experience.weight = step_weights(policy.kernel.gain, steps, train.step_weights)
+    experience = weighted(experience, policy.kernel.gain, train.step_weights)
     if ALGORITHMS[train.algorithm].pretrained:
         experience.pretrained_mean, asked_base = pretrained_means(policy, experience, train.batch_size)
         experience.baseline = baseline.of(experience) if baseline else None

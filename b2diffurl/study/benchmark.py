@@ -232,6 +232,8 @@ if __name__ == "__main__":
     given = parser.parse_args()
     kind, jobs = "results", benchmark_jobs(given.tasks, given.arms or ARMS, given.seeds)
     if given.search:
+        if unknown := {*(given.arms or ())} - GRID.keys():
+            parser.error(f"--search has no settings for {', '.join(sorted(unknown))}: see GRID")
         kind, jobs = "search", search_jobs(given.tasks, given.arms or GRID)
     try:
         (given.out / kind).mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,13 @@ import os
 
 import numpy as np
 
-from ..seeds import holm, interval, p_value
+from ..seeds import holm, interval, lower_bound, p_value
 
 MARKS = (0.8, 0.9)  # of held-out success
+PRIMARY = ("b2", "ddpo")  # what b2_lean is set against
+SECONDARY = (
+    ("b2", "ddpo"), ("b2", "ddpo_contrast"), ("b2", "ddpo_bpt"), ("b2", "ddpo_bs"), ("b2_lean", "ddpo_lean"),
+)  # fmt: skip
 AXES = {"queries": "reward queries", "forwards": "forward passes (training one transition is 3)"}
 
 
@@ -84,29 +88,50 @@ def _median(values):
     return f"{middle:.0f} ({len(reached)} of {len(values)})".replace("inf", "-")
 
 
+def primary(runs, base):
+    """Markdown lines: b2_lean at its end minus b2 and ddpo at theirs, every seed's value the mean of its tasks.
+
+    Only over seeds that have all tasks of the base model's figures.
+    """
+    lines = ["| primary | seeds | held-out: end | one-sided 95 % bound | diversity | forward passes, ratio |"]
+    lines.append("| --- " * 6 + "|")
+    for other in PRIMARY:
+        pairs = [(runs.get((task, "b2_lean", ""), {}), runs.get((task, other, ""), {})) for task in base]
+        seeds = sorted(set.intersection(*(own.keys() & theirs.keys() for own, theirs in pairs))) if pairs else []
+        if len(seeds) < 2:
+            continue
+        ends = [[(own[seed][-1], theirs[seed][-1]) for own, theirs in pairs] for seed in seeds]
+        gaps, diversity = (
+            [np.mean([own[name] - theirs[name] for own, theirs in of_seed]) for of_seed in ends]
+            for name in ("success_test", "diversity_train")
+        )
+        ratio = np.mean([own["forwards"] / theirs["forwards"] for of_seed in ends for own, theirs in of_seed])
+        bound = f"{lower_bound(gaps):+.3f}"
+        said = f"{said_of(gaps, '+.3f')} | {bound} | {said_of(diversity, '+.3f')} | {ratio:.2f}"
+        lines.append(f"| b2_lean at its half - {other} | {len(seeds)} | {said} |")
+    return lines if len(lines) > 2 else []
+
+
 def differences(runs, base):
-    """Markdown lines: every arm against b2 and ddpo by seed, at the ends and in the area, with Holm's p-values for it.
+    """Markdown lines: the protocol's pairs of arms by seed and task, in the area, with Holm's p-values.
 
     The area is that under the held-out curve as far as both runs went.
     """
     found = []
-    for (task, arm, settings), own in runs.items():
-        for other in ("b2", "ddpo"):
-            theirs = runs.get((task, other, ""), {})
+    for task in base:
+        for arm, other in SECONDARY:
+            own, theirs = runs.get((task, arm, ""), {}), runs.get((task, other, ""), {})
             shared = sorted(own.keys() & theirs.keys())
-            if arm != other and not settings and len(shared) > 1:
+            if len(shared) > 1:
                 pairs = [[path_of(run[seed], base[task]) for run in (own, theirs)] for seed in shared]
-                ends = [a[1][-1] - b[1][-1] for a, b in pairs]
                 areas = [area(until(a, b[0][-1])) - area(until(b, a[0][-1])) for a, b in pairs]
-                found.append((task, arm, other, ends, areas))
+                found.append((task, arm, other, areas))
     if not found:
         return []
     corrected = holm([p_value(areas) for *_, areas in found])
-    head = "| task | arm | against | seeds | held-out: end | area | p of the area, by Holm |"
-    lines = [head, "| --- " * 7 + "|"]
-    for (task, arm, other, ends, areas), p in zip(found, corrected, strict=True):
-        gaps = f"{said_of(ends, '+.3f')} | {said_of(areas, '+.3f')}"
-        lines.append(f"| {task} | {arm} | {other} | {len(ends)} | {gaps} | {p:.2g} |")
+    lines = ["| task | arm | against | seeds | held-out: area | p, by Holm |", "| --- " * 6 + "|"]
+    for (task, arm, other, areas), p in zip(found, corrected, strict=True):
+        lines.append(f"| {task} | {arm} | {other} | {len(areas)} | {said_of(areas, '+.3f')} | {p:.2g} |")
     return lines
 
 
