@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from b2diffurl.errors import UserError
 from b2diffurl.seeds import interval, lower_bound, p_value
 from b2diffurl.shapes import ladder
 from b2diffurl.study import benchmark, benchmark_report, results
@@ -60,6 +61,39 @@ def test_a_small_run_and_its_report(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_a_run_that_fails_counts_with_the_base_model_and_is_named(tmp_path, monkeypatch, capsys):
+    figures = {f"{name}_{part}": 0.25 for name in benchmark.FIGURES for part in ("train", "test")}
+    figures |= {"by_prompt_train": "0.25", "by_prompt_test": "0.25"}
+    jobs = [benchmark.Job(task, arm, seed) for task in ("dark", "left") for arm in ("b2", "b2_lean") for seed in (1, 2)]
+
+    def run(job, out):
+        if job == jobs[0]:
+            raise UserError("the gradient is not finite")
+        row = {**dict.fromkeys(benchmark.COUNTS[1:], 100), **job.key(), **figures, "approx_kl": 0.1, "seconds": 1.0}
+        return [{**row, "stage": 0, "queries": 240, "success_test": 0.75}]
+
+    def all_of(jobs, run):
+        for job in jobs:
+            try:
+                yield job, run(job)
+            except UserError as error:
+                yield job, error
+
+    for name, value in (
+        ("base_figures", lambda out, jobs: {"dark": figures, "left": figures}), ("run", run), ("each", all_of),
+        ("TASKS", {task: benchmark.TASKS[task] for task in ("dark", "left")}),
+    ):  # fmt: skip
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(benchmark.lock, "hold", lambda folder: None)
+    with pytest.raises(UserError, match="1 of 8 runs failed: dark b2 1: the gradient"):
+        benchmark.main(tmp_path, jobs)
+    table = (tmp_path / "table.md").read_text()
+    assert "Failed: dark b2  1 the gradient is not finite" in table
+    assert "| b2_lean at its half - b2 | 2 | +0.125 " in table  # (0.75 - 0.25) / 2 at seed 1, 0 at seed 2
+    benchmark.main(tmp_path, jobs)  # nothing is left
+    capsys.readouterr()
+
+
 def path(*points):
     return tuple(np.array(points, dtype=float).T)
 
@@ -105,13 +139,14 @@ def test_the_primary_outcome_is_over_the_seeds_that_have_all_tasks():
         for arm, of_task in ends.items() for task, own in zip(base, of_task, strict=True)
         for seed, end in enumerate(own) for row in rows_of(arm, seed, (0.3, end))
     ]  # fmt: skip
-    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), base)[2:]
+    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), (*base,))[2:]
     gaps = [((0.5 - 0.6) + (0.4 - 0.3)) / 2, ((0.7 - 0.6) + (0.5 - 0.3)) / 2]
     mean, low, high = interval(gaps)
     wanted = f"| b2_lean at its half - b2 | 2 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {lower_bound(gaps):+.3f} |"
     assert line.startswith(wanted)
     assert line.endswith("| 1.00 |")
-    assert benchmark_report.primary(benchmark_report.runs_of(rows[:1]), base) == []
+    assert benchmark_report.primary(benchmark_report.runs_of(rows[:1]), (*base,)) == []
+    assert benchmark_report.primary(benchmark_report.runs_of(rows), (*base, "a task without runs")) == []
 
 
 def test_the_lower_bound_is_students():

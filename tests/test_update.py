@@ -11,6 +11,7 @@ from small import SHAPE, build_unet, one_step, policy_of, random_prompts
 from b2diffurl import update
 from b2diffurl.errors import UserError
 from b2diffurl.experience import Experience
+from b2diffurl.families import load_family
 from b2diffurl.families import lora as lora_module
 from b2diffurl.families.sd import StableDiffusion
 from b2diffurl.guidance import take
@@ -18,6 +19,7 @@ from b2diffurl.losses import ddpo_is
 from b2diffurl.noise import stream_seed
 from b2diffurl.plan import Plan
 from b2diffurl.rollout import assemble, sample
+from b2diffurl.run.command import parse
 from b2diffurl.update import (
     Learner,
     accumulate,
@@ -335,6 +337,9 @@ def test_a_lora_of_chosen_layers():
         lora_module.add(build_unet(), ("to_q", "o_k"), rank=2, seed=0)
     with pytest.raises(UserError, match="has no linear layer 'attn2'"):
         lora_module.add(build_unet(), ("attn2",), rank=2, seed=0)
+    flag = "--config.train.lora_targets=('to_z',)"
+    with pytest.raises(UserError, match="has no linear layer 'to_z'"):  # before anything is loaded
+        load_family(parse(["x", "--config", "config/stage_process.py:shapes", flag])[0])
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo_is", "ddpo_sf", "dpok", "dpo"])

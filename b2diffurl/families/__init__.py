@@ -56,4 +56,8 @@ def load_family(config):
     family = getattr(importlib.import_module(f".{module}", __name__), name)(config)
     if config.sample.resolution:
         family.latent_shape  # noqa: B018 - one that cannot be is refused before anything is loaded
+    if config.train.lora_targets:
+        from .lora import check_targets
+
+        check_targets(family.geometry, config.train.lora_targets)
     return family

@@ -18,12 +18,17 @@ def add(denoiser, targets, rank, seed):
     """
     from peft import LoraConfig
 
-    names = [f".{name}" for name, layer in denoiser.named_modules() if isinstance(layer, torch.nn.Linear)]
-    if unknown := [target for target in targets if not any(name.endswith(f".{target}") for name in names)]:
-        raise UserError(f"config.train.lora_targets: {type(denoiser).__name__} has no linear layer {unknown[0]!r}")
+    check_targets(denoiser, targets)
     torch.manual_seed(seed)
     denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*targets]))
     return _trainable(denoiser)
+
+
+def check_targets(denoiser, targets):
+    """Raise UserError for a target that no linear layer of the denoiser has."""
+    names = [f".{name}" for name, layer in denoiser.named_modules() if isinstance(layer, torch.nn.Linear)]
+    if unknown := [target for target in targets if not any(name.endswith(f".{target}") for name in names)]:
+        raise UserError(f"config.train.lora_targets: {type(denoiser).__name__} has no linear layer {unknown[0]!r}")
 
 
 def load(denoiser, folder):

@@ -1,20 +1,19 @@
 """A ladder of rewards, each sparser: 1 where a picture is right by the oracle and meets further conditions, else 0.
 
 `config.reward.name=b2diffurl.shapes.ladder:right_dark` and so on. No prompt asks for the conditions, which the base
-model meets by chance: of its pictures of one object every second is `right`, every fourth `right_dark`, every sixteenth
-`right_left`, every thirtieth `right_dark_left`. They train on the oracle's verdict, which all other rewards meet in the
-evaluation alone.
+model meets by chance: of 864 pictures of the study's prompts, guidance 5, 0.69 are `right`, 0.29 `right_dark`, 0.07
+`right_left`, 0.03 `right_dark_left`. They train on the oracle's verdict, which all other rewards meet in the evaluation
+alone.
 """
 
 import numpy as np
 import torch
 
 from .oracle import read, verdicts
-from .scene import SIZE
 from .variety import brightness
 
 DARK = 0.4  # brightness of the background, which is drawn from 0.15 to 0.9
-LEFT = SIZE / 3  # pixels, of the largest object's centre
+LEFT = 13.5  # pixels of SIZE, of the largest object's centre; with guidance it is seldom far from the middle
 
 
 def right(images, prompts):
@@ -28,12 +27,12 @@ def right_dark(images, prompts):
 
 
 def right_left(images, prompts):
-    """Right, in the left third."""
+    """Right, left of LEFT."""
     return right(images, prompts) * _left(images)
 
 
 def right_dark_left(images, prompts):
-    """Right, on a dark background, in the left third."""
+    """Right, on a dark background, left of LEFT."""
     return right_dark(images, prompts) * _left(images)
 
 

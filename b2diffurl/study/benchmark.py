@@ -16,20 +16,14 @@ import typing
 
 from ..average import evaluated
 from ..errors import UserError
-from ..evaluate import before_after
-from ..evaluate.measures import feature_distance
 from ..models import Models
-from ..rewards import clip_of, user_function
-from ..run import lock, metrics, processes, storage
+from ..run import lock, storage
 from ..run.command import parse
 from ..run.folder import Run
-from ..run.prompts import read_prompts
-from ..shapes.variety import open_entropy
 from ..stages.loop import run_stage
 from . import benchmark_report, results
+from .benchmark_measures import FIGURES, LADDER, measure, spent
 from .runs import each
-
-LADDER = "b2diffurl.shapes.ladder:"
 
 
 class Task(typing.NamedTuple):
@@ -69,10 +63,16 @@ GRID = {  # what the search tries: {arm: [settings over it]}
     "ddpo_lean": [{"train.learning_rate": 4e-3, "select.credit": "all"}],
 }
 KEYS = ("task", "arm", "settings", "seed")  # of a run
-TEXTS = (*KEYS[:3], "by_prompt_train", "by_prompt_test")
+TEXTS = (*KEYS[:3], "by_prompt_train", "by_prompt_test", "failed")
 COUNTS = ("seed", "stage", "queries", "updates", "kept", "unet_evals", "forwards")
-FIGURES = ("success", "by_prompt", "reward", "diversity", "entropy")  # each with _train and with _test
-COLUMNS = (*KEYS[:3], *COUNTS, "approx_kl", "seconds", *(f"{n}_{part}" for n in FIGURES for part in ("train", "test")))
+COLUMNS = (
+    *KEYS[:3],
+    *COUNTS,
+    "approx_kl",
+    "seconds",
+    *(f"{n}_{part}" for n in FIGURES for part in ("train", "test")),
+    "failed",
+)
 
 
 class Job(typing.NamedTuple):
@@ -142,51 +142,11 @@ def run(job, out):
     return rows
 
 
-def spent(place, config):
-    """{column: value} from the metrics.jsonl of a Run, up to and with stage config.stage but for the stage's own KL.
-
-    forwards: passes of the denoiser, the compute of a run; training one transition counts as three.
-    """
-    lines = [line for line in metrics.read(place.metrics) if line["stage"] <= config.stage]
-    of = {step: [line for line in lines if line["step"] == step] for step in ("sample", "select", "train")}
-    sampled, trained = (sum(line["perf/unet_evals"] for line in of[step]) for step in ("sample", "train"))
-    return {
-        "queries": of["select"][-1]["reward/queries"],
-        "updates": sum(line["train/updates"] for line in of["train"]),
-        "kept": sum(line["select/kept"] for line in of["select"]),
-        "unet_evals": sampled + trained,
-        "forwards": sampled + 3 * trained,
-        "approx_kl": of["train"][-1]["policy/approx_kl"],
-        "seconds": round(sum(line["time_s"] for line in lines), 1),
-    }
-
-
-def measure(config, checkpoint, loaded, success):
-    """{figure: value} of a checkpoint folder (None: the base model) on the fixed evaluation noise: FIGURES.
-
-    success: a function of shapes.ladder. by_prompt: its mean for every prompt of the list, as text.
-    """
-    lists = {"train": read_prompts(config.prompts.train), "test": read_prompts(config.prompts.test)}
-    images = before_after.generate(loaded.evaluating(), lists, checkpoint, config.exp_name)
-    count, values = config.evaluate.images_per_prompt, {}
-    for part, prompts in lists.items():
-        own, repeated = images[part], [prompt for prompt in prompts for _ in range(count)]
-        right = user_function(LADDER + success)(own, repeated).reshape(-1, count).mean(1)
-        with loaded.scoring() as reward:
-            clip = clip_of(reward, config, processes.device())
-            features = clip.features(own).cpu().numpy().reshape(len(prompts), count, -1)
-            scores = reward.score(own, repeated)[0]
-        by_prompt = " ".join(f"{value:.4f}" for value in right)
-        variety = float(feature_distance(features)), open_entropy(own, count)
-        found = float(right.mean()), by_prompt, float(scores.mean()), *variety
-        values |= {f"{name}_{part}": value for name, value in zip(FIGURES, found, strict=True)}
-    return values
-
-
 def main(out, jobs):
     """Run what results.csv in the folder `out` lacks of the jobs; the report is written after every run that ends.
 
-    UserError where another process works in `out`, and at the end where runs failed.
+    UserError where another process works in `out`, and at the end where runs failed; these have a row, and are not run
+    again.
     """
     began, path = time.perf_counter(), out / "results.csv"
     lock.hold(out)
@@ -197,18 +157,23 @@ def main(out, jobs):
     for number, (job, found) in enumerate(each(left, functools.partial(run, out=out)), 1):
         if isinstance(found, UserError):
             failed.append(f"{job.name()}: {found}")
-            said = f"failed: {found}"
+            found, said = [failure(job, found, base[job.task])], f"failed: {found}"
         else:
-            rows += found
-            end = rows[-1]
-            said = f"{end['success_train']:.3f} train, {end['success_test']:.3f} held-out"
-            results.write(path, sorted(rows, key=lambda r: tuple(r[n] for n in (*KEYS, "stage"))), COLUMNS)
-            benchmark_report.write(out, rows, base)
+            said = f"{found[-1]['success_train']:.3f} train, {found[-1]['success_test']:.3f} held-out"
+        rows += found
+        results.write(path, sorted(rows, key=lambda r: tuple(r[n] for n in (*KEYS, "stage"))), COLUMNS)
+        benchmark_report.write(out, rows, base, TASKS)
         print(f"{number}/{len(left)} {job.name()}: {said}; {(time.perf_counter() - began) / 60:.1f} min", flush=True)
     if failed:
         raise UserError(f"{len(failed)} of {len(left)} runs failed: {'; '.join(failed)}")
-    benchmark_report.write(out, rows, base)
+    benchmark_report.write(out, rows, base, TASKS)
     print((out / "table.md").read_text(encoding="utf-8"))
+
+
+def failure(job, error, base):
+    """The row of a run that stopped with an error: the base model's figures at the end of its queries, at no compute."""
+    spent = {**dict.fromkeys(COUNTS[1:], 0), "queries": LESS.get(job.arm, BUDGET), "approx_kl": 0.0, "seconds": 0.0}
+    return {**job.key(), **spent, **base, "failed": str(error)}
 
 
 def base_figures(out, jobs):

@@ -15,14 +15,23 @@ SECONDARY = (
 AXES = {"queries": "reward queries", "forwards": "forward passes (training one transition is 3)"}
 
 
-def write(out, rows, base):
-    """Write both into the folder `out`; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
+def write(out, rows, base, tasks):
+    """Write both into the folder `out`.
+
+    rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}; tasks: all that the primary outcome
+    needs.
+    """
     runs = runs_of(rows)
-    (out / "table.md").write_text(
-        "\n".join([*table(runs, base), "", *differences(runs, base)]) + "\n", encoding="utf-8"
-    )
-    if runs:
-        draw(out / "curves.png", runs, base)
+    lines = [*table(runs, base), "", *primary(runs, tasks), "", *differences(runs, base), "", *failures(rows)]
+    (out / "table.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    if whole := runs_of([row for row in rows if "failed" not in row]):
+        draw(out / "curves.png", whole, base)
+
+
+def failures(rows):
+    """Markdown lines: the runs that stopped with an error, which count with the base model's figures."""
+    named = ("task", "arm", "settings", "seed", "failed")
+    return [f"Failed: {' '.join(str(row[name]) for name in named)}" for row in rows if "failed" in row]
 
 
 def runs_of(rows):
@@ -88,16 +97,16 @@ def _median(values):
     return f"{middle:.0f} ({len(reached)} of {len(values)})".replace("inf", "-")
 
 
-def primary(runs, base):
+def primary(runs, tasks):
     """Markdown lines: b2_lean at its end minus b2 and ddpo at theirs, every seed's value the mean of its tasks.
 
-    Only over seeds that have all tasks of the base model's figures.
+    Only over the seeds that have all of them.
     """
     lines = ["| primary | seeds | held-out: end | one-sided 95 % bound | diversity | forward passes, ratio |"]
     lines.append("| --- " * 6 + "|")
     for other in PRIMARY:
-        pairs = [(runs.get((task, "b2_lean", ""), {}), runs.get((task, other, ""), {})) for task in base]
-        seeds = sorted(set.intersection(*(own.keys() & theirs.keys() for own, theirs in pairs))) if pairs else []
+        pairs = [(runs.get((task, "b2_lean", ""), {}), runs.get((task, other, ""), {})) for task in tasks]
+        seeds = sorted(set.intersection(*(own.keys() & theirs.keys() for own, theirs in pairs)))
         if len(seeds) < 2:
             continue
         ends = [[(own[seed][-1], theirs[seed][-1]) for own, theirs in pairs] for seed in seeds]
@@ -105,7 +114,8 @@ def primary(runs, base):
             [np.mean([own[name] - theirs[name] for own, theirs in of_seed]) for of_seed in ends]
             for name in ("success_test", "diversity_train")
         )
-        ratio = np.mean([own["forwards"] / theirs["forwards"] for of_seed in ends for own, theirs in of_seed])
+        spent = [(own["forwards"], theirs["forwards"]) for of_seed in ends for own, theirs in of_seed]
+        ratio = np.mean([own / theirs for own, theirs in spent if own and theirs])  # a failed run has none
         bound = f"{lower_bound(gaps):+.3f}"
         said = f"{said_of(gaps, '+.3f')} | {bound} | {said_of(diversity, '+.3f')} | {ratio:.2f}"
         lines.append(f"| b2_lean at its half - {other} | {len(seeds)} | {said} |")
