@@ -13,7 +13,7 @@ from .oracle import read, verdicts
 from .variety import brightness
 
 DARK = 0.4  # brightness of the background, which is drawn from 0.15 to 0.9
-LEFT = 13.5  # pixels of SIZE, of the largest object's centre; with guidance it is seldom far from the middle
+LEFT = 13.5  # pixels, of the largest object's centre; with guidance it is seldom far from the middle
 
 
 def right(images, prompts):
