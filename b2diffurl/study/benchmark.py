@@ -171,7 +171,7 @@ def main(out, jobs):
 
 
 def failure(job, error, base):
-    """The row of a run that stopped with an error: the base model's figures at the end of its queries, at no compute."""
+    """The row of a run that stopped with an error: the base model's figures at its end, at no compute."""
     spent = {**dict.fromkeys(COUNTS[1:], 0), "queries": LESS.get(job.arm, BUDGET), "approx_kl": 0.0, "seconds": 0.0}
     return {**job.key(), **spent, **base, "failed": str(error)}
 
