@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The main job: for every stage, run_sample.py, run_select.py, run_train.py; then the before/after table.
+# With config.method=dfusion run_fuse.py comes before run_train.py.
 #   [PRESET=NAME] [LAUNCH="accelerate launch ..."] bash run_process.sh [--dry-run] [--config.x.y=value ...]
 # The same command again goes on where it stopped. With several GPUs every step runs on all of them; LAUNCH overrides.
 set -euo pipefail
@@ -67,7 +68,7 @@ else
       echo "stage $stage: complete already"
       continue
     fi
-    for step in sample select train; do
+    for step in ${processes//,/ }; do
       "${launch[@]}" "run_$step.py" "${config[@]}" "--config.stage=$stage"
     done
     report

@@ -5,7 +5,7 @@ import pathlib
 import runpy
 import sys
 
-SCRIPTS = ("sample", "select", "train")  # run_*.py
+SCRIPTS = ("sample", "select", "fuse", "train")  # run_*.py
 MODULES = (
     "evaluate",
     "report",

@@ -11,7 +11,7 @@ import numpy as np
 
 from .losses import ALGORITHMS
 from .plan import METHODS
-from .selection import select_contrasts
+from .selection import select_contrasts, select_pairs
 
 EPSILON = 1e-8  # beside a standard deviation
 
@@ -62,7 +62,25 @@ def everything(values, siblings, select):
     return np.arange(values.size), values.reshape(-1)
 
 
-RULES = {"contrast": contrast, "group": group, "all": everything}
+def ranked(values, siblings, select):
+    """D-Fusion's references and bases themselves (selection.select_pairs): each reference, then its base."""
+    sets = values.reshape(-1, siblings)
+    nodes = [number * siblings + child for number, *pair in select_pairs(sets) for child in pair]
+    nodes = np.array(nodes, dtype=np.int64)
+    return nodes, values.reshape(-1)[nodes]
+
+
+def targets(values, siblings, select, kept):
+    """D-Fusion's rule: of every kept pair of a base and its target the target, then the base, with what they are worth.
+
+    kept: (G,) bool.
+    """
+    nodes = (2 * np.flatnonzero(kept)[:, None] + [1, 0]).ravel()
+    return nodes, values.reshape(-1)[nodes]
+
+
+RULES = {"contrast": contrast, "group": group, "all": everything, "ranked": ranked}
+PAIRING = ("", "contrast", "ranked")  # that preferences can do with
 
 
 def weigh(advantages, clip, positive_weight=1.0, negative_weight=1.0):
@@ -71,14 +89,15 @@ def weigh(advantages, clip, positive_weight=1.0, negative_weight=1.0):
     return clamped * np.where(clamped > 0, np.float32(positive_weight), np.float32(negative_weight))
 
 
-def assign(plan, normalised, config):
+def assign(plan, normalised, config, rule=None):
     """The Credit of a stage, and which of its images were chosen: bool (G·K,).
 
-    normalised: (G, K) rewards. For the rule see rule_of. For an algorithm of preferences a sample is a chosen pair of
-    siblings, winner against loser, and a node that was chosen alone is not trained on.
+    normalised: (G, K) rewards. rule: a function as those of RULES; rule_of names it unless it is given. For an
+    algorithm of preferences a sample is a chosen pair of siblings, winner against loser, and a node that was chosen
+    alone is not trained on.
     """
     preference, train = ALGORITHMS[config.train.algorithm].preference, config.train
-    rule = RULES[rule_of(config)]
+    rule = rule or RULES[rule_of(config)]
     per_group, groups, table = len(plan.transitions.step), len(normalised), plan.transitions
     found, chosen, samples = [], np.zeros(normalised.size, dtype=bool), 0
     for level, own in enumerate(plan.levels):
@@ -92,8 +111,7 @@ def assign(plan, normalised, config):
         rows = nodes[:, None] // own.nodes * per_group + transitions[nodes % own.nodes]
         rivals = rows[:0]
         if preference:
-            sets = nodes // siblings
-            won = np.flatnonzero((sets[1:] == sets[:-1]) & (nodes[1:] != nodes[:-1]))
+            won = _couples(nodes, nodes // siblings)
             rows, rivals, advantages = rows[won], rows[won + 1], advantages[won]
         of_node = np.stack([advantages, samples + np.arange(len(rows))], 1)[:, None]
         found.append((rows.ravel(), *np.broadcast_to(of_node, (*rows.shape, 2)).reshape(-1, 2).T, rivals.ravel()))
@@ -101,6 +119,16 @@ def assign(plan, normalised, config):
     row, advantage, sample, rival = (np.concatenate(own) for own in zip(*found, strict=True))
     advantage = weigh(advantage, train.adv_clip, train.positive_weight, train.negative_weight)
     return Credit(row, advantage, sample.astype(np.int64), rival if preference else None), chosen
+
+
+def _couples(nodes, sets):
+    """The places of winners that are followed by their loser: another node of the same set, each in one couple."""
+    won, place = [], 0
+    while place + 1 < len(nodes):
+        paired = sets[place] == sets[place + 1] and nodes[place] != nodes[place + 1]
+        won += [place] if paired else []
+        place += 2 if paired else 1
+    return np.array(won, dtype=np.int64)
 
 
 def rule_of(config):

@@ -24,13 +24,14 @@ class Experience:
     sample: torch.Tensor  # (n,)
     rival: torch.Tensor | None = None  # (n,)
     pretrained_mean: torch.Tensor | None = None  # (n, ...) of the base model's transitions
+    rival_pretrained_mean: torch.Tensor | None = None  # (n, ...)
     baseline: torch.Tensor | None = None  # (n,) to subtract from the advantages
     weight: torch.Tensor | None = None  # (n,) by which the losses are multiplied
 
     def to(self, device):
         """The same with its numbers on a device; what they are indexed by stays where it is."""
         moved = {"cond": to_device(self.cond, device), "rollout": self.rollout.to(device)}
-        for name in ("advantage", "pretrained_mean", "baseline", "weight"):
+        for name in ("advantage", "pretrained_mean", "rival_pretrained_mean", "baseline", "weight"):
             moved[name] = None if getattr(self, name) is None else getattr(self, name).to(device)
         return dataclasses.replace(self, **moved)
 

@@ -5,6 +5,7 @@ care. Each returns losses (B,) and statistics (B,), detached: ratio ρ, clipped 
 approx_kl (log ρ)² / 2, and its own. ALGORITHMS names them for config.train.algorithm.
 """
 
+import math
 import typing
 
 
@@ -39,22 +40,33 @@ def dpok(log_prob, old_log_prob, advantage, clip_range, kl, kl_weight):
     return loss + kl_weight * kl, {**statistics, "kl_pretrained": kl.detach()}
 
 
-def dpo(winner_log_ratio, loser_log_ratio, beta):
+def dpo(winner_log_ratio, loser_log_ratio, beta, clip_range=0.0, base=None):
     """D3PO, direct preference optimisation of one denoising step (arXiv 2311.13231, its loss of a step).
 
     -log σ(β (log p_θ(w)/p_ref(w) - log p_θ(l)/p_ref(l))): w and l are the same step of a group's best and worst image,
-    the reference is the policy that sampled them, renewed every stage; D3PO's code keeps the base model. At θ = ref it
-    is log 2. The statistics are means over the two, but ratio is the one further from 1; preferred says how often the
-    winner's ratio is above the loser's.
+    the reference is the policy that sampled them, renewed every stage. D3PO's code keeps the base model: base, the two
+    log-ratios to it, is then what is compared. Where clip_range is above 0, the ratios are clipped to 1 ± clip_range,
+    as there. At θ = ref it is log 2. The statistics are of the ratios to the policy that sampled, means over the two,
+    but ratio is the one further from 1; preferred says how often what is compared is larger of the winner, base_clipped
+    how often the ratios to the base model are beyond the clip.
     """
     from torch.nn.functional import logsigmoid
 
-    margin = winner_log_ratio - loser_log_ratio
-    both = [_statistics(ratio) for ratio in (winner_log_ratio, loser_log_ratio)]
+    sampling, base_clip = (winner_log_ratio, loser_log_ratio), float("inf") if base else clip_range or float("inf")
+    winner, loser = base or sampling
+    margin = (winner - loser).detach()
+    both = [_statistics(ratio, base_clip) for ratio in sampling]
     statistics = {name: (both[0][name] + both[1][name]) / 2 for name in both[0]}
-    winner, loser = (own["ratio"] for own in both)
-    statistics["ratio"] = winner.where((winner - 1).abs() > (loser - 1).abs(), loser)
-    return -logsigmoid(beta * margin), {**statistics, "preferred": (margin.detach() > 0).float()}
+    ratios = [own["ratio"] for own in both]
+    statistics["ratio"] = ratios[0].where((ratios[0] - 1).abs() > (ratios[1] - 1).abs(), ratios[1])
+    statistics["preferred"] = (margin > 0).float()
+    if clip_range:
+        low, high = math.log1p(-clip_range), math.log1p(clip_range)
+        if base:
+            beyond = [((own < low) | (own > high)).float() for own in (winner.detach(), loser.detach())]
+            statistics["base_clipped"] = (beyond[0] + beyond[1]) / 2
+        winner, loser = winner.clamp(low, high), loser.clamp(low, high)
+    return -logsigmoid(beta * (winner - loser)), statistics
 
 
 def _statistics(log_ratio, clip_range=float("inf")):
@@ -74,6 +86,7 @@ class Terms(typing.NamedTuple):
     advantage: object
     rival_log_ratio: object = None  # of the loser's transitions, for preferences
     kl: object = None  # to the pre-trained model
+    base_log_ratios: object = None  # log p_θ/p_pre of winners and losers, where these are what is compared
 
 
 class Algorithm(typing.NamedTuple):
@@ -93,6 +106,14 @@ ALGORITHMS = {
         pretrained=True,
     ),
     "dpo": Algorithm(
-        lambda t, train: dpo(t.log_prob - t.old_log_prob, t.rival_log_ratio, train.dpo_beta), preference=True
+        lambda t, train: dpo(
+            t.log_prob - t.old_log_prob, t.rival_log_ratio, train.dpo_beta, train.dpo_clip_range, t.base_log_ratios
+        ),
+        preference=True,
     ),
 }
+
+
+def refers_to_base(train):
+    """Whether the algorithm compares preferences with the pre-trained model."""
+    return ALGORITHMS[train.algorithm].preference and train.dpo_reference == "base"

@@ -16,10 +16,11 @@ from .schedule import interval
 
 
 class Method(typing.NamedTuple):
-    """Which of the paper's two ideas a method has."""
+    """Which of the paper's two ideas a method has, and D-Fusion's."""
 
     progressive: bool  # backward progressive training
     branches: bool  # branch-based sampling
+    fusion: bool = False  # trains on pairs of a base and its fused target (fusion.py)
 
 
 METHODS = {
@@ -27,6 +28,7 @@ METHODS = {
     "ddpo_bpt": Method(progressive=True, branches=False),
     "ddpo_bs": Method(progressive=False, branches=True),
     "ddpo": Method(progressive=False, branches=False),
+    "dfusion": Method(progressive=True, branches=False, fusion=True),
 }
 
 
@@ -149,3 +151,8 @@ def stage_plan(config):
         return Plan(steps, start, branches, ((start, 1),), untrained)
     forks = tuple(map(tuple, config.schedule.forks)) or ((start, branches),)
     return Plan(steps, max(start, forks[0][0]), 1, forks, untrained)
+
+
+def pair_plan(plan):
+    """The Plan of D-Fusion's pairs: of a base, node 0, and its target, node 1, from the interval's start on."""
+    return Plan(plan.steps, plan.start, 2, ((plan.start, 1),), plan.untrained)

@@ -111,15 +111,19 @@ def losses_of(policy, experience, chosen, train):
     mean, sigma, states = transitions_of(policy, experience, rows)
     dimensions = experience.dimensions if train.log_prob == "sum" else 1
     log_prob = gaussian.log_prob(rollout.states[rollout.after[rows]], mean, sigma) * dimensions
-    old, kl, rival, count = rollout.log_prob[rows] * dimensions, None, None, len(chosen)
+    old, kl, rival, base, count = rollout.log_prob[rows] * dimensions, None, None, None, len(chosen)
     advantage = experience.advantage[chosen]
     if experience.baseline is not None:
         advantage = advantage - experience.baseline[chosen]
-    if experience.pretrained_mean is not None:
+    if experience.rival_pretrained_mean is not None:
+        means = torch.cat([experience.pretrained_mean[chosen], experience.rival_pretrained_mean[chosen]])
+        ratio = log_prob - gaussian.log_prob(rollout.states[rollout.after[rows]], means, sigma) * dimensions
+        base = ratio[:count], ratio[count:]
+    elif experience.pretrained_mean is not None:
         kl = gaussian.kl(mean, experience.pretrained_mean[chosen], sigma) * dimensions
     if experience.rival is not None:
         rival = (log_prob - old)[count:]
-    terms = Terms(log_prob[:count], old[:count], advantage, rival, kl)
+    terms = Terms(log_prob[:count], old[:count], advantage, rival, kl, base)
     loss, statistics = ALGORITHMS[train.algorithm].loss(terms, train)
     return loss if experience.weight is None else loss * experience.weight[chosen], statistics, states
 

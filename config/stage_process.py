@@ -25,7 +25,7 @@ def sdv1_4():
     config.save_path = "model/lora"  # folder of all runs
     config.seed = 300  # of the run; every image's noise follows from (seed, stage, group, branch) [seed = 300 + stage]
     config.stage = 0  # which stage a script works on; run_process.sh counts it up [run_name, "stage0"]
-    config.method = "b2"  # b2 | ddpo_bpt (no branches) | ddpo_bs (constant interval) | ddpo (neither)
+    config.method = "b2"  # b2 | ddpo_bpt (no branches) | ddpo_bs (constant interval) | ddpo (neither) | dfusion
     config.mixed_precision = "fp16"  # fp16 | bf16 | no, of the frozen models; LoRA, log-probs, rewards are float32, the
     # VAE is bf16 under fp16, which it overflows
     config.allow_tf32 = True  # on a GPU, where mixed_precision is "no": faster, 10 bits of mantissa; rewards never
@@ -91,9 +91,18 @@ def sdv1_4():
     config.select.neg_threshold = -0.5  # normalised reward below which a group's worst is kept [eval.neg_threshold]
 
     config.select.credit = (
-        ""  # contrast (the paper's) | group (all branches, normalised in their group) | all (DDPO's);
+        ""  # contrast (the paper's) | group (all branches, normalised in their group) | all (DDPO's) |
     )
-    # "": contrast where the method branches, group for a tree, all where it does not branch
+    # ranked (the best quarter twice, against the worst half); "": contrast where the method branches, group for a tree,
+    # all where it does not branch
+
+    config.fusion = ml_collections.ConfigDict()  # of config.method=dfusion, see docs/d-fusion.md
+    config.fusion.first_step = 2  # the first step that is fused, counted from 0
+    config.fusion.mask = "quantile"  # of a word's attention map, what is fused: quantile (the strongest `threshold`) |
+    # maximum (from `threshold` of the strongest on) | absolute (from `threshold` on: the authors') | all
+    config.fusion.threshold = 0.5  # of it; a prompt of a .jsonl may have "positions" and "thresholds" of its own
+    config.fusion.keep = "all"  # of the pairs: all (the authors') | better (the target's reward beats the base's)
+    config.fusion.margin = 0.0  # of keep=better: by more than this
 
     config.train = ml_collections.ConfigDict()
     config.train.algorithm = "ddpo_is"  # the loss, see losses.py: ddpo_is (the paper's) | ddpo_sf | dpok | dpo
@@ -104,6 +113,8 @@ def sdv1_4():
     config.train.value_learning_rate = 1e-4  # of its Adam
     config.train.value_epochs = 5  # passes of its regression per stage, trajectories_per_update transitions per step
     config.train.dpo_beta = 10.0  # of dpo, by how much a log-ratio counts (per dimension where log_prob is mean)
+    config.train.dpo_reference = "sampling"  # sampling (the policy that sampled) | base (the base model: D3PO's code)
+    config.train.dpo_clip_range = 0.0  # clip of dpo's ratios to the reference, 1 ± this; D3PO's code: 0.1; 0: none
     config.train.target_kl = 0.0  # end a stage's updates once policy/approx_kl, (log ρ)²/2, passes it; 0: never
     config.train.learning_rate = 1e-4  # of AdamW
     config.train.lr_schedule = "constant"  # constant | linear (to 0 over the run's stages)

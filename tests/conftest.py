@@ -22,7 +22,7 @@ def cpu_seconds():
 
 
 BEGUN = cpu_seconds()  # an installation by tests/run.sh is not the tests'
-SPENT, STEPS = {}, ("sample", "select", "train")
+SPENT, STEPS = {}, ("sample", "select", "fuse", "train")
 
 
 @pytest.hookimpl(wrapper=True)

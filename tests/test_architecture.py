@@ -13,7 +13,7 @@ LIBRARY = sorted(ROOT.rglob("*.py"))
 LEVELS = (  # imports go to earlier levels, or stay within the room; shapes, the world, imports nothing of the others
     "errors ahead adam average schedule noise selection losses step_weights watch gaussian guidance flow first_pass "
     "rewards.history seeds shapes",
-    "ddim plan value",
+    "ddim plan value fusion words",
     "credit rollout",
     "experience run",
     "families",

@@ -42,6 +42,8 @@ def test_paper_run_number_for_number(paper):
         "gradient_checkpointing",
         "kl_weight",
         "dpo_beta",
+        "dpo_clip_range",
+        "dpo_reference",
         "value_learning_rate",
         "value_epochs",
     ):
@@ -134,7 +136,9 @@ def test_summed_log_probabilities_need_full_precision():
 def test_a_tree_needs_branches_and_a_preference_contrasts():
     with pytest.raises(UserError, match=r"config\.method=ddpo has no branches"):
         parse([*PRESET, "--config.schedule.forks=((6, 5),)", "--config.method=ddpo"])
-    with pytest.raises(UserError, match=r"must be contrast: config\.train\.algorithm=dpo compares two images"):
+    with pytest.raises(
+        UserError, match=r"must be contrast or ranked: config\.train\.algorithm=dpo compares two images"
+    ):
         parse([*PRESET, "--config.select.credit=group", "--config.train.algorithm=dpo"])
     parse([*PRESET, "--config.select.credit=contrast", "--config.train.algorithm=dpo"])
 

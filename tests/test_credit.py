@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from b2diffurl.credit import RULES, assign, rule_of, weigh
+from b2diffurl.errors import UserError
 from b2diffurl.plan import Plan, stage_plan
 from b2diffurl.run.command import parse
 
@@ -51,6 +52,12 @@ def expected(plan, normalised, config):
                 spread = statistics.stdev(worth)
                 if spread > 1e-8:
                     samples += [(rows, (value - statistics.fmean(worth)) / spread) for value, rows in own]
+            elif config.select.credit == "ranked":  # the best quarter, each twice, and the worst half
+                order = sorted(range(len(own)), key=lambda node: -worth[node])
+                quarter = len(own) // 4
+                for place in range(2 * quarter):
+                    pair = own[order[place // 2]], own[order[place - 2 * quarter]]
+                    samples += [(rows, value) for value, rows in pair if pair[0][0] > pair[1][0]]
             else:
                 size = plan.siblings(level)
                 for first in range(0, len(own), size):
@@ -65,6 +72,10 @@ def expected(plan, normalised, config):
 @pytest.mark.parametrize("rule", RULES)
 def test_credit_is_its_definitions(rule, forks, method):
     branches = 8 if forks != "()" else 5
+    if rule == "ranked" and forks != "()":
+        with pytest.raises(UserError, match="ranks a group's own images"):
+            configure(f"select.credit={rule}", f"schedule.forks={forks}", f"sample.branches={branches}")
+        return
     config = configure(f"select.credit={rule}", f"schedule.forks={forks}", f"sample.branches={branches}",
                        f"method={method}", "train.adv_clip=1.5", "train.negative_weight=0.5")  # fmt: skip
     plan, normalised = stage_plan(config), rewards(branches)
@@ -74,7 +85,7 @@ def test_credit_is_its_definitions(rule, forks, method):
         for number in range(credit.sample.max() + 1)
     ]
     wanted = {tuple(rows): advantage for rows, advantage in expected(plan, normalised, config)}
-    assert len(found) == len(wanted)
+    assert len(found) == len(expected(plan, normalised, config))
     assert {tuple(rows) for rows, _ in found} == set(wanted)
     for rows, advantages in found:
         clamped = max(-1.5, min(1.5, wanted[tuple(rows)]))

@@ -106,11 +106,11 @@ def test_a_gaussians_density_does_not_care_for_the_latents_shape():
 
 def test_an_algorithms_row_hands_its_loss_what_it_takes():
     terms = Terms(*torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    train = types.SimpleNamespace(clip_range=0.3, kl_weight=0.7, dpo_beta=5.0)
-    new, old, advantage, rival, kl = terms
+    train = types.SimpleNamespace(clip_range=0.3, kl_weight=0.7, dpo_beta=5.0, dpo_clip_range=0.4)
+    new, old, advantage, rival, kl, _ = terms
     wanted = {
         "ddpo_is": ddpo_is(new, old, advantage, 0.3), "ddpo_sf": ddpo_sf(new, old, advantage),
-        "dpok": dpok(new, old, advantage, 0.3, kl, 0.7), "dpo": dpo(new - old, rival, 5.0),
+        "dpok": dpok(new, old, advantage, 0.3, kl, 0.7), "dpo": dpo(new - old, rival, 5.0, 0.4),
     }  # fmt: skip
     assert wanted.keys() == ALGORITHMS.keys()
     for name, (loss, statistics) in wanted.items():

@@ -296,11 +296,12 @@ def driven(folder, plan, **options):
     return done.stdout.splitlines()
 
 
-def test_the_driver_runs_every_step_of_every_stage_in_a_process_of_its_own_where_it_is_asked_to(tmp_path):
+@pytest.mark.parametrize("named", ["sample,select,train", "sample,select,fuse,train"])
+def test_the_driver_runs_every_step_of_every_stage_in_a_process_of_its_own_where_it_is_asked_to(tmp_path, named):
     (tmp_path / "run/stage1/checkpoints").mkdir(parents=True)
-    said = driven(tmp_path, f"3 three {tmp_path}/run", CUDA_VISIBLE_DEVICES="")
+    said = driven(tmp_path, f"3 {named} {tmp_path}/run", CUDA_VISIBLE_DEVICES="")
     config = "--config config/stage_process.py:sdv1.4 --x=1"
-    steps = [f"asked: run_{step}.py {config} --config.stage=" for step in ("sample", "select", "train")]
+    steps = [f"asked: run_{step}.py {config} --config.stage=" for step in named.split(",")]
     ran = [line for line in said if "run_" in line]
     assert ran == [f"{step}{stage}" for stage in (0, 2) for step in steps]
     assert "stage 1: complete already" in said

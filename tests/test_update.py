@@ -1,6 +1,7 @@
 """The policy update: exact accumulation, no lost remainder, first-pass ratio 1, weights that move."""
 
 import contextlib
+import dataclasses
 import math
 import types
 
@@ -38,6 +39,7 @@ def settings(**train):
     """What the update reads of config.train."""
     defaults = {
         "algorithm": "ddpo_is", "log_prob": "mean", "kl_weight": 0.0, "dpo_beta": 10.0, "target_kl": 0.0,
+        "dpo_reference": "sampling", "dpo_clip_range": 0.0,
         "num_epochs": 2, "trajectories_per_update": 2, "batch_size": 4, "clip_range": 0.1, "max_grad_norm": 1.0,
         "accumulate_over": "epoch",
     }  # fmt: skip
@@ -342,17 +344,23 @@ def test_a_lora_of_chosen_layers():
         load_family(parse(["x", "--config", "config/stage_process.py:shapes", flag])[0])
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo_is", "ddpo_sf", "dpok", "dpo"])
+@pytest.mark.parametrize("algorithm", ["ddpo_is", "ddpo_sf", "dpok", "dpo", "dpo to the base"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_every_algorithms_gradient_is_that_of_its_definition(scheduler, algorithm, reduction):
     """Against autograd through torch.distributions' float64 densities, one by one, on the real UNet."""
     learner = learner_of(scheduler)
     policy, experience = learner.policy, sampled(learner.policy, n=4)
-    train = settings(algorithm=algorithm, log_prob=reduction, kl_weight=0.3, dpo_beta=0.7, batch_size=3)
+    train = settings(algorithm=algorithm[:7].split()[0], log_prob=reduction, kl_weight=0.3, dpo_beta=0.7, batch_size=3)
+    clip = 0.03 if reduction == "sum" else 1.2e-4  # of some ratios to the base model, and not of others
     if algorithm == "dpok":
         experience.pretrained_mean, _ = pretrained_means(policy, experience, 3)
-    if algorithm == "dpo":
+    if train.algorithm == "dpo":
         experience = preferences(experience)
+    if algorithm == "dpo to the base":
+        train.dpo_reference, train.dpo_clip_range = "base", clip
+        losers = dataclasses.replace(experience, row=experience.rival, rival=None)
+        for own, name in ((experience, "pretrained_mean"), (losers, "rival_pretrained_mean")):
+            setattr(experience, name, pretrained_means(policy, own, 3)[0])
     away_from_the_sampler(learner)
     reduce = torch.Tensor.sum if reduction == "sum" else torch.Tensor.mean
     dimensions = experience.dimensions if reduction == "sum" else 1
@@ -369,6 +377,19 @@ def test_every_algorithms_gradient_is_that_of_its_definition(scheduler, algorith
             rival = experience.rival[row]
             margin = log_ratio(transition, density) - log_ratio(rival, density_of(policy, experience, rival))
             return -torch.log(torch.sigmoid(0.7 * margin))
+        if algorithm == "dpo to the base":
+            rival = experience.rival[row]
+            pairs = (transition, density, experience.pretrained_mean[row]), (
+                rival, density_of(policy, experience, rival), experience.rival_pretrained_mean[row],
+            )  # fmt: skip
+            ratios = []
+            for at, own, mean in pairs:
+                base = torch.distributions.Normal(mean.double()[None], own.scale)
+                value = following(experience, at)
+                ratios.append((reduce(own.log_prob(value)) - reduce(base.log_prob(value))).exp())
+            beyond.extend(float(abs(ratio - 1) > clip) for ratio in ratios)
+            winner, loser = (ratio.clamp(1 - clip, 1 + clip).log() for ratio in ratios)
+            return -torch.log(torch.sigmoid(0.7 * (winner - loser)))
         ratio = log_ratio(transition, density).exp()
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.9, 1.1))
         if algorithm == "dpok":
@@ -376,10 +397,14 @@ def test_every_algorithms_gradient_is_that_of_its_definition(scheduler, algorith
             loss = loss + 0.3 * reduce(torch.distributions.kl_divergence(density, base))
         return loss
 
+    beyond = []
     wanted = one_by_one(policy, experience, range(len(experience.row)), loss_of)
-    accumulate(learner, experience, torch.arange(experience.samples), train, seeded())
+    statistics, _ = accumulate(learner, experience, torch.arange(experience.samples), train, seeded())
     assert wanted.norm() > 0
     assert (gradient(learner) - wanted).norm() < 1e-3 * wanted.norm()
+    if beyond:
+        assert statistics["base_clipped"].mean().item() == pytest.approx(sum(beyond) / len(beyond))
+        assert 0 < sum(beyond) < len(beyond), beyond
 
 
 def test_pretrained_means_are_the_base_models_and_leave_the_lora_trainable(scheduler):

@@ -5,6 +5,7 @@ import pathlib
 import typing
 
 from ..errors import UserError
+from ..plan import METHODS
 from .loading import model_index
 
 FAMILIES = {  # by how a pipeline's _class_name in model_index.json begins; the first that fits
@@ -26,6 +27,7 @@ class Family(typing.Protocol):
     denoiser: object  # the network that is trained, frozen but for a LoRA
     latent_shape: tuple  # (C, H, W)
     untrained: int  # last steps that have no density
+    fuses: bool  # D-Fusion works in it; it then has token_spans, attentions and attention_map
 
     def denoiser_class(self): ...
     def text_shapes(self): ...  # -> {name: shape} of one prompt's Conditioning, before it is embedded
@@ -54,6 +56,11 @@ def load_family(config):
         )
     module, _, name = chosen.partition(".")
     family = getattr(importlib.import_module(f".{module}", __name__), name)(config)
+    if METHODS[config.method].fusion and not family.fuses:
+        raise UserError(
+            f"config.method={config.method} needs a UNet: in {kind}, whose attention is over text and picture at once, "
+            "a fused target is a copy of its reference (docs/d-fusion.md)"
+        )
     if config.sample.resolution:
         family.latent_shape  # noqa: B018 - one that cannot be is refused before anything is loaded
     if config.train.lora_targets:

@@ -21,6 +21,7 @@ class StableDiffusion:
     untrained = 0  # last steps that have no density
     evaluations = 2  # of the denoiser for a prediction: guidance has two halves
     component = "unet"  # the denoiser's name in the pipeline
+    fuses = True  # has cross-attention and self-attention apart, as D-Fusion needs them
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
 
     def __init__(self, config):
@@ -89,6 +90,14 @@ class StableDiffusion:
         dtype = torch.bfloat16 if self.config.mixed_precision == "fp16" else None
         return load_frozen(AutoencoderKL, self.config, "vae", dtype)
 
+    def token_spans(self, prompt):
+        """The characters (first, last) of the prompt that each text token stands for; the same twice where for none."""
+        from transformers import CLIPTokenizer
+
+        tokenizer = load(CLIPTokenizer, self.config, "tokenizer")
+        given = tokenizer(prompt, padding="max_length", truncation=True, return_offsets_mapping=True)
+        return [tuple(span) for span in given["offset_mapping"]]
+
     def _encoders(self):
         """[(tokenizer, encoder)], loaded."""
         from transformers import CLIPTextModel, CLIPTokenizer
@@ -132,6 +141,28 @@ class StableDiffusion:
     def predict(self, denoiser, latents, time, cond, negative, guidance):
         """The guided output, float32 (B, C, H, W)."""
         return guided(functools.partial(self.call, denoiser), latents, time, cond, negative, guidance)
+
+    def attentions(self, denoiser):
+        """(self-attentions that D-Fusion fuses, cross-attentions that say where the words are), modules of the UNet.
+
+        Fused is from the middle on up; looked at is the way down, which a call passes first, where its side is nearest
+        to a quarter of the latents', SD's 16 of 64.
+        """
+        named = [
+            (name.split("."), layer) for name, layer in denoiser.named_modules() if name[-6:] in (".attn1", ".attn2")
+        ]
+        fused = [layer for path, layer in named if path[0] in ("mid_block", "up_blocks") and path[-1] == "attn1"]
+        down = [(int(path[1]), layer) for path, layer in named if path[0] == "down_blocks" and path[-1] == "attn2"]
+        nearest = min((block for block, _ in down), key=lambda block: abs(block - 2))
+        return fused, [layer for block, layer in down if block == nearest]
+
+    def attention_map(self, attention, rows, hidden_states, encoder_hidden_states, **unused):
+        """softmax(Q Kᵀ/√d) of some rows of a cross-attention's input, averaged over its heads: (B, n, L) float32."""
+        query, key = (
+            project(given[rows]).unflatten(-1, (attention.heads, -1)).transpose(1, 2).float()
+            for project, given in ((attention.to_q, hidden_states), (attention.to_k, encoder_hidden_states))
+        )
+        return (query @ key.transpose(-1, -2) * attention.scale).softmax(-1).mean(1)
 
     def kernel(self, steps, sample):
         """The DDIM kernel with the pipeline's betas over so many steps, on the run's device; sample: config.sample.

@@ -14,6 +14,7 @@ class StableDiffusion3(StableDiffusion):
 
     untrained = 1  # last steps that have no density
     component = "transformer"
+    fuses = False
     most_shift = 1.16  # of a scheduler that shifts by the picture's size and does not say it
     lora_targets = (  # of every attention, that of 3.5's dual blocks too
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",

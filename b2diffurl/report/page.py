@@ -34,7 +34,7 @@ CHARTS = (  # title, what it says, step, {figure: label}, against
     ("Gradient norm", "Before clipping, mean and largest of a stage's updates. A steady rise comes before a collapse.",
      "train", {"train/grad_norm": "mean", "train/grad_norm_max": "largest"}, "stage"),
 )  # fmt: skip
-STEPS = ("sample", "select", "train")
+STEPS = ("sample", "select", "fuse", "train")
 GROUPS = 6  # of a stage, shown
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
 THUMBNAIL = 160  # pixels, the most that a picture is embedded with
@@ -108,6 +108,7 @@ def charts(records):
             across = "reward queries" if against == "queries" else "stage"
             drawn.append({"title": title, "says": says, "image": line_chart(series, across)})
     times = {step: [(r["stage"], r["time_s"]) for r in records if r["step"] == step] for step in STEPS}
+    times = {step: own for step, own in times.items() if own}
     drawn.append({"title": "Time", "says": "Seconds a step, by stage.", "image": line_chart(times, "stage")})
     return drawn
 

@@ -25,16 +25,20 @@ class RewardHistory:
             raise ValueError(f"need one score per prompt: {len(prompts)} prompts, scores of shape {scores.shape}")
         if not np.isfinite(scores).all():
             raise ValueError(f"non-finite reward for the prompt {prompts[int((~np.isfinite(scores)).argmax())]!r}")
+        statistics, stage = self.statistics(prompts, scores)
+        self._stages = [*self._stages, stage][-self.window :] if self.window else []
+        return standardise(prompts, scores, statistics)
+
+    def statistics(self, prompts, scores):
+        """By what normalise would normalise a stage, {prompt: (mean, std)}, and the stage, {prompt: [score]}."""
         stage = {}
-        for prompt, score in zip(prompts, scores.tolist(), strict=True):
+        for prompt, score in zip(prompts, np.asarray(scores, dtype=np.float64).tolist(), strict=True):
             stage.setdefault(prompt, []).append(score)
         statistics = {}
         for prompt, own in stage.items():
             pool = np.concatenate([*(past[prompt] for past in self._stages if prompt in past), own])
             statistics[prompt] = pool.mean(), pool.std(ddof=1) if len(pool) > 1 else 0.0
-        self._stages = [*self._stages, stage][-self.window :] if self.window else []
-        mean, std = np.array([statistics[prompt] for prompt in prompts]).reshape(-1, 2).T
-        return (scores - mean) / (std + 1e-8)
+        return statistics, stage
 
     def state(self):
         """Plain JSON: a list of stages, oldest first, each {prompt: [score, …]}."""
@@ -46,3 +50,9 @@ class RewardHistory:
         history = cls(window)
         history._stages = list(state)[-window:] if window else []
         return history
+
+
+def standardise(prompts, scores, statistics):
+    """(r - mean) / (std + 1e-8) of scores (N,) by their prompts' statistics, {prompt: (mean, std)} -> float64 (N,)."""
+    mean, std = np.array([statistics[prompt] for prompt in prompts]).reshape(-1, 2).T
+    return (np.asarray(scores, dtype=np.float64) - mean) / (std + 1e-8)

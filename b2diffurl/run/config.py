@@ -5,13 +5,14 @@ import math
 import pathlib
 import re
 
-from ..credit import RULES
+from ..credit import PAIRING, RULES
 from ..errors import UserError
 from ..flow import SAMPLERS
 from ..losses import ALGORITHMS
 from ..plan import METHODS
 from ..schedule import KINDS
 from ..step_weights import KINDS as STEP_WEIGHTS
+from ..words import MASKS
 from .prompts import read_prompts
 
 CHOICES = {
@@ -22,7 +23,10 @@ CHOICES = {
     "sample.sampler": SAMPLERS,
     "sample.prefix": ("sde", "ode"),
     "select.credit": ("", *RULES),
+    "fusion.mask": MASKS,
+    "fusion.keep": ("all", "better"),
     "train.algorithm": tuple(ALGORITHMS),
+    "train.dpo_reference": ("sampling", "base"),
     "train.log_prob": ("mean", "sum"),
     "train.step_weights": STEP_WEIGHTS,
     "train.accumulate_over": ("epoch", "stage"),
@@ -34,7 +38,7 @@ AT_LEAST = {
     "train.kl_weight": 0, "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.value_epochs": 1,
     "train.lora_rank": 1, "train.target_kl": 0, "evaluate.images_per_prompt": 1, "keep.images": 0,
     "keep.trajectories": 0, "keep.optimiser": 0, "sample.resolution": 0, "pretrained.max_sequence_length": 0,
-    "evaluate.num_steps": 0, "evaluate.resolution": 0,
+    "evaluate.num_steps": 0, "evaluate.resolution": 0, "fusion.first_step": 0, "fusion.threshold": 0,
 }  # fmt: skip
 ABOVE_0 = (
     "sample.eta", "sample.noise_level", "train.learning_rate", "train.clip_range", "train.max_grad_norm",
@@ -44,6 +48,7 @@ ABOVE_0 = (
 FINITE = (
     "sample.guidance_scale", "select.pos_threshold", "select.neg_threshold", "train.positive_weight",
     "train.negative_weight", "train.kl_weight", "train.target_kl", "evaluate.guidance_scale",
+    "fusion.threshold", "fusion.margin",
 )  # fmt: skip
 REWARDS = (
     "clip", "bertscore", "aesthetic", "pickscore", "hpsv2", "jpeg_compressibility", "jpeg_incompressibility",
@@ -69,6 +74,7 @@ def check(config):
     _check_reward(config.reward)
     _check_schedule(config)
     _check_forks(config)
+    _check_fusion(config)
     read_prompts(config.prompts.train)
     read_prompts(config.prompts.test)
     _check_model_folder("pretrained.model", config.pretrained.model, "model_index.json")
@@ -91,6 +97,8 @@ def _check_numbers(config):
         value = _get(config, field)
         _require(math.isfinite(value) and value > 0, field, value, "must be a finite number above 0")
     _require(0 <= config.train.ema_decay < 1, "train.ema_decay", config.train.ema_decay, "must be in [0, 1)")
+    _require(0 <= config.train.dpo_clip_range < 1, "train.dpo_clip_range", config.train.dpo_clip_range,
+             "must be in [0, 1)")  # fmt: skip
     _require(config.sample.eta <= 1, "sample.eta", config.sample.eta, "must be at most 1")
     level, sampler = config.sample.noise_level, config.sample.sampler
     _require(level <= 1 or sampler != "cps", "sample.noise_level", level,
@@ -108,8 +116,10 @@ def _check_algorithm(config):
     others = ", ".join(name for name, other in ALGORITHMS.items() if other.pretrained)
     _require(algorithm.pretrained or not train.value_baseline, "train.value_baseline", train.value_baseline,
              f"goes with config.train.algorithm={others} alone")  # fmt: skip
-    _require(not algorithm.preference or config.select.credit in ("", "contrast"), "select.credit",
-             config.select.credit, f"must be contrast: config.train.algorithm={name} compares two images")  # fmt: skip
+    _require(not algorithm.preference or config.select.credit in PAIRING, "select.credit", config.select.credit,
+             f"must be contrast or ranked: config.train.algorithm={name} compares two images")  # fmt: skip
+    _require(config.select.credit != "ranked" or config.sample.branches >= 4, "sample.branches",
+             config.sample.branches, "must be at least 4 for config.select.credit=ranked")  # fmt: skip
 
 
 def _require(condition, field, value, wanted):
@@ -182,8 +192,21 @@ def _check_forks(config):
     images = math.prod(fan_outs)
     _require(images == config.sample.branches, "schedule.forks", forks,
              f"it has {images} leaves: set config.sample.branches={images}")  # fmt: skip
+    _require(config.select.credit != "ranked", "schedule.forks", forks,
+             "config.select.credit=ranked ranks a group's own images, not a tree's inner nodes")  # fmt: skip
     _require(METHODS[config.method].branches, "schedule.forks", forks,
              f"config.method={config.method} has no branches")  # fmt: skip
+
+
+def _check_fusion(config):
+    if not METHODS[config.method].fusion:
+        return
+    own, branches, steps = config.fusion, config.sample.branches, config.sample.num_steps
+    _require(branches >= 4, "sample.branches", branches, "must be at least 4: the best quarter are references")
+    _require(config.select.credit == "", "select.credit", config.select.credit,
+             f"must be '': config.method={config.method} trains on its pairs")  # fmt: skip
+    _require(own.first_step < steps, "fusion.first_step", own.first_step, f"must be in 0..{steps - 1}")
+    _require(own.threshold <= 1, "fusion.threshold", own.threshold, "must be at most 1")
 
 
 def _check_model_folder(field, value, marker):

@@ -39,7 +39,9 @@ ADDED = {  # settings that earlier runs lack, and what those did
     "schedule.forks": [], "schedule.untrained": 0, "select.credit": "", "sample.sampler": "cps",
     "sample.noise_level": 0.7, "sample.prefix": "sde", "sample.resolution": 0, "pretrained.max_sequence_length": 256,
     "train.step_weights": "one", "train.lora_targets": [],
-    "train.ema_decay": 0.0,
+    "train.ema_decay": 0.0, "train.dpo_reference": "sampling", "train.dpo_clip_range": 0.0,
+    "fusion.first_step": 2, "fusion.mask": "quantile", "fusion.threshold": 0.5, "fusion.keep": "all",
+    "fusion.margin": 0.0,
 }  # fmt: skip
 RENAMED = {"train.beta1": "train.positive_weight", "train.beta2": "train.negative_weight"}
 
@@ -140,8 +142,8 @@ def require_shared(folder):
 
 
 PRUNED = {  # config.keep.<name> -> what goes, below a stage's folder
-    "images": ["images"],
-    "trajectories": ["samples.safetensors"],
+    "images": ["images", "fused"],
+    "trajectories": ["samples.safetensors", "fused.safetensors"],
     "optimiser": ["checkpoints/checkpoint_0", "checkpoints/checkpoint_1/optimizer.safetensors"],
 }
 

@@ -1,13 +1,20 @@
 """How every step of a stage begins."""
 
+from ..plan import METHODS
 from ..run import processes
 from ..run.folder import Run, start_log
 
 COMPLETE = {
     "sample": "samples.json",
     "select": "scores.json",
+    "fuse": "fused.json",
     "train": "checkpoints",
 }  # written last, when all is there
+
+
+def steps(config):
+    """The steps of a stage of config.method, in order."""
+    return [step for step in COMPLETE if step != "fuse" or METHODS[config.method].fusion]
 
 
 def begin(config, step):

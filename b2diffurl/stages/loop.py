@@ -1,4 +1,4 @@
-"""The loop of run_process.sh in one warm process: the same three steps and the evaluation, with the same bits.
+"""The loop of run_process.sh in one warm process: the same steps and the evaluation, with the same bits.
 
 Python starts once and every model is loaded once: three starts per stage with PyTorch, diffusers, OpenCLIP and
 gigabytes of weights cost more than the work of a stage that is short or spread over several GPUs.
@@ -16,15 +16,17 @@ from ..report import page
 from ..run import processes
 from ..run.command import run_main
 from ..run.folder import Run
-from . import sample, select, train
+from . import fuse, sample, select, train
+from .begin import steps
 
 REPORT_EVERY = 20  # times what report.html takes: so much of the run lies between two of them
 
 
 def run_stage(config, started=None, loaded=None):
-    """The three steps of config.stage; started, loaded: as the steps take them."""
-    for step in (sample, select, train):
-        step.main(config, started, loaded)
+    """The steps of config.stage; started, loaded: as the steps take them."""
+    mains = {"sample": sample.main, "select": select.main, "fuse": fuse.main, "train": train.main}
+    for step in steps(config):
+        mains[step](config, started, loaded)
         started = None
 
 

@@ -1,12 +1,16 @@
-"""What run_process.sh asks before it starts; the last line is "<stages> <one|three> <run folder>"."""
+"""What run_process.sh asks before it starts; the last line is "<stages> <steps or "one"> <run folder>"."""
 
 from ..run.command import run_main
 from ..run.config import is_url, reward_terms
 from ..run.folder import Run
+from .begin import steps
 
 
 def main(config):
-    """Find out what would stop the run much later; then print stages, processes per stage, and the run's folder."""
+    """Find out what would stop the run much later; then print stages, a stage's processes, and the run's folder.
+
+    The processes are "one" of all steps, or the steps that have one each: sample,select,train.
+    """
     run = Run(config)
     run.check(config)
     for name, _ in reward_terms(config.reward.name):
@@ -18,7 +22,7 @@ def main(config):
         from ..evaluate.measures import Quality
 
         Quality(config, "cpu")
-    print(config.schedule.stage_count, "one" if config.one_process else "three", run.folder)
+    print(config.schedule.stage_count, "one" if config.one_process else ",".join(steps(config)), run.folder)
 
 
 if __name__ == "__main__":

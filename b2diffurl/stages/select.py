@@ -1,24 +1,23 @@
 """Step 2 of a stage: score the pictures, normalise per prompt, assign the credit."""
 
-import concurrent.futures
 import time
 
 import numpy as np
-from PIL import Image
 
 from ..credit import assign
 from ..errors import UserError
 from ..evaluate.measures import feature_distance
 from ..models import Models
-from ..plan import stage_plan
+from ..plan import METHODS, stage_plan
 from ..rewards.history import RewardHistory
 from ..run import metrics, processes, storage
 from ..run.config import reward_terms
 from ..run.tracking import track
-from ..shapes.oracle import verdicts
+from ..selection import select_pairs
 from ..watch import WINDOW, parted
 from .begin import begin
 from .sample import image_rows
+from .scoring import score
 from .trajectories import write_credit
 
 NEARLY_ALL = 0.95  # of the images are right: the oracle's share has little left to rise
@@ -37,7 +36,7 @@ def main(config, started=None, loaded=None):
     rows = storage.read_json(run.stage / "samples.json", "run_sample.py")
     if rows != image_rows(config):
         raise UserError(f"{run.stage} holds the samples of another run: delete it and run run_sample.py again")
-    past = _history(run.previous / "scores.json") if run.previous else []
+    past = history_of(run.previous / "scores.json") if run.previous else []
     loaded = loaded or Models(config)
     with loaded.scoring() as reward:
         ready = time.perf_counter()
@@ -51,12 +50,14 @@ def main(config, started=None, loaded=None):
         normalised = history.normalise([row["prompt"] for row in rows], raw)
         credit, kept = _credit(config, rows, raw, normalised, log)
         values = _figures(config, rows, raw, terms) | measured
+        values["reward/queries"] += _targets(config, run)
         values |= {"select/kept": int(kept.sum()), "select/kept_best": int((normalised[kept] > 0).sum())}
         values = {name: v if isinstance(v, int) else round(float(v), 6) for name, v in values.items()}
         values["perf/startup_s"] = round(ready - started, 3)
         values["perf/images_per_s"] = round(len(raw) / scoring, 3)
         values["time_s"] = round(time.perf_counter() - started, 3)
-        write_credit(run.stage / "selected.safetensors", credit)
+        if credit:
+            write_credit(run.stage / "selected.safetensors", credit)
         metrics.record(run.metrics, config, "select", values)
         _warn(config, metrics.read(run.metrics), log)
         scores = [
@@ -89,7 +90,7 @@ def _warn(config, records, log):
         )
 
 
-def _history(path):
+def history_of(path):
     """The RewardHistory state that an earlier stage's scores.json holds."""
     try:
         return storage.read_json(path, "run_select.py")["history"]
@@ -100,38 +101,30 @@ def _history(path):
 
 
 def _score(config, run, rows, reward):
-    """-> rewards (N,), {term: rewards (N,)}, {figure beside the reward: value}, a few PIL images to show.
-
-    Every process reads, scores and measures its own share of the images.
-    """
-    mine, branches, shown = processes.share(len(rows)), config.sample.branches, []
-    own = rows[mine]
-    prompts = [row["prompt"] for row in own]
+    """-> rewards (N,), {term: rewards (N,)}, {figure beside the reward: value}, a few PIL images to show."""
+    branches, shown = config.sample.branches, []
     clip = next((term for name, _, term in reward.terms if name == "clip"), None)
 
-    def work():
-        with concurrent.futures.ThreadPoolExecutor() as pool:  # decoding a large PNG takes longer than scoring it
-            images = [*pool.map(_open, [run.stage / "images" / row["image"] for row in own])]
-        firsts = [image for image, row in zip(images, own, strict=True) if row["branch"] == 0]
-        shown.extend(firsts[:8])
-        return {
-            "scores": reward.score(images, prompts) if images else None,
-            "features": clip.features(firsts).cpu().numpy() if clip and firsts else None,
-            "verdicts": verdicts(images, prompts) if config.evaluate.oracle and images else None,
-        }
+    def firsts(images, share):  # of groups: what is drawn of a prompt independently
+        own = [image for image, row in zip(images, rows[share], strict=True) if row["branch"] == 0]
+        shown.extend(own[:8])
+        return clip.features(own).cpu().numpy() if clip and own else None
 
-    found = processes.agree(work)
-    scores, features, right = ([own[name] for own in found if own[name] is not None] for name in found[0])
-    terms, values = {name: np.concatenate([own[name] for _, own in scores]) for name in scores[0][1]}, {}
+    paths, prompts = [run.stage / "images" / row["image"] for row in rows], [row["prompt"] for row in rows]
+    raw, terms, right, features = score(config, reward, paths, prompts, firsts)
+    values = {}
     if features and config.sample.groups > 1:
         values["diversity/clip"] = between_groups(np.concatenate(features), [r["prompt"] for r in rows[::branches]])
-    if sum(map(len, right)) == len(rows):  # all prompts are of the oracle's world
-        values["oracle/alignment"] = np.concatenate(right).mean()
-    return np.concatenate([total for total, _ in scores]), terms, values, shown
+    if right is not None:
+        values["oracle/alignment"] = right.mean()
+    return raw, terms, values, shown
 
 
 def _credit(config, rows, raw, normalised, log):
-    """The stage's Credit and its chosen images (N,); none where no prompt's images differ in reward."""
+    """The stage's Credit and its chosen images (N,); none where no prompt's images differ in reward.
+
+    With D-Fusion run_fuse.py makes the Credit, and the chosen images are the references and the bases.
+    """
     pools = [pool for pool in _pools(rows, raw) if len(pool) > 1]
     flat = bool(pools) and all((pool == pool[0]).all() for pool in pools)
     if flat:
@@ -139,8 +132,18 @@ def _credit(config, rows, raw, normalised, log):
         if config.stage == 0:
             raise UserError(f"{what}, of each prompt: there is nothing to learn from; nothing was written")
         log.warning(f"{what}, of each prompt: nothing is trained on")
+    if METHODS[config.method].fusion:
+        kept = np.zeros((config.sample.groups, config.sample.branches), dtype=bool)
+        for group, *pair in select_pairs(raw.reshape(kept.shape)):
+            kept[group, pair] = True
+        return None, kept.ravel()
     credit, kept = assign(stage_plan(config), normalised.reshape(-1, config.sample.branches), config)
     return (credit.none(), np.zeros_like(kept)) if flat else (credit, kept)
+
+
+def _targets(config, run):
+    """How many of D-Fusion's targets the earlier stages have scored."""
+    return sum(line.get("fuse/targets", 0) for line in metrics.read(run.metrics) if line["stage"] < config.stage)
 
 
 def _pools(rows, raw):
@@ -174,11 +177,3 @@ def between_groups(features, prompts):
 def within_group_std(rewards):
     """Square root of the mean within-group variance of rewards (G, K); 0 for K = 1."""
     return float(np.sqrt(rewards.var(axis=1, ddof=1).mean())) if rewards.shape[1] > 1 else 0.0
-
-
-def _open(path):
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): delete the stage's folder and run it again") from None

@@ -1,5 +1,6 @@
 """Step 3 of a stage: update the LoRA on the current interval with the selected trajectories."""
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -15,10 +16,10 @@ from ..experience import weighted
 from ..families import lora
 from ..families.loading import revision
 from ..first_pass import PolicyMismatch
-from ..losses import ALGORITHMS
+from ..losses import ALGORITHMS, refers_to_base
 from ..models import Models
 from ..noise import stream_seed
-from ..plan import stage_plan
+from ..plan import METHODS, pair_plan, stage_plan
 from ..report import curves
 from ..run import metrics, processes, storage
 from ..run.folder import flat, prune, that_matter
@@ -47,8 +48,7 @@ def main(config, started=None, loaded=None):
         return
     run, log = opened
     credit, before = _credit(config, run), run.require_previous()
-    path, plan = run.stage / "samples.safetensors", stage_plan(config)
-    experience, negative = read_experience(path, plan, config.sample.groups, credit)
+    experience, negative = read_experience(*_rollout(config, run), credit)
     loaded = loaded or Models(config)
     learner = _resume(config, *loaded.trainable(before, negative), before)
     baseline = Baseline(config, learner.policy) if config.train.value_baseline else None
@@ -91,6 +91,15 @@ def _credit(config, run):
     return read_credit(path)
 
 
+def _rollout(config, run):
+    """What the stage trains on: the file, the plan of its groups, and how many they are."""
+    plan = stage_plan(config)
+    if not METHODS[config.method].fusion:
+        return run.stage / "samples.safetensors", plan, config.sample.groups
+    pairs = storage.read_json(run.stage / "fused.json", "run_fuse.py")["targets"]
+    return run.stage / "fused.safetensors", pair_plan(plan), len(pairs)
+
+
 def _resume(config, policy, parameters, before):
     """The Learner as the checkpoint folder `before` left it, a fresh one where that is None."""
     left = 1 - config.stage / config.schedule.stage_count if config.train.lr_schedule == "linear" else 1.0
@@ -118,9 +127,13 @@ def _train(config, learner, experience, baseline):
     began, updates, asked_base = time.perf_counter(), [], 0
     before = [parameter.detach().clone() for parameter in learner.parameters]
     experience = weighted(experience, policy.kernel.gain, train.step_weights)
-    if ALGORITHMS[train.algorithm].pretrained:
+    if ALGORITHMS[train.algorithm].pretrained or refers_to_base(train):
         experience.pretrained_mean, asked_base = pretrained_means(policy, experience, train.batch_size)
         experience.baseline = baseline.of(experience) if baseline else None
+    if refers_to_base(train):
+        losers = dataclasses.replace(experience, row=experience.rival, rival=None)
+        experience.rival_pretrained_mean, asked = pretrained_means(policy, losers, train.batch_size)
+        asked_base += asked
     generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
     with tqdm(total=total, desc=f"stage {config.stage} train", unit="update", leave=False, disable=None) as bar:
 
@@ -158,7 +171,7 @@ def _figures(updates):
         "policy/prediction_error": updates[0]["prediction_error"],
         "policy/clipfrac": mean["clipped"],
         "policy/approx_kl": mean["approx_kl"],
-        **{f"policy/{name}": mean[name] for name in ("kl_pretrained", "preferred") if name in mean},
+        **{f"policy/{name}": mean[name] for name in ("kl_pretrained", "preferred", "base_clipped") if name in mean},
     }
 
 

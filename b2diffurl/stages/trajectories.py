@@ -66,6 +66,32 @@ def read_experience(path, plan, groups, credit):
     return Experience(rollout, prompts[0], **{**credit, **places}), prompts[1]
 
 
+def read_images(path, plan, images):
+    """Of some images of a plan without branches, by number in the stage: {"states", "log_prob"}, (n, ...) each.
+
+    States from the interval's start to the last that is trained on; only theirs are read. UserError as in
+    read_experience.
+    """
+    roots, stored = plan.roots, plan.stored(1)
+    of_group = [(number // roots * plan.states, number // roots * roots, number % roots) for number in images]
+    try:
+        with safe_open(path, framework="pt") as file:
+            states, log_prob = file.get_slice("states"), file.get_slice("log_prob")
+            found = {"states": [], "log_prob": []}
+            for group, first, root in of_group:
+                path_of = group + roots + root * stored
+                found["states"].append(
+                    torch.cat([states[group + root : group + root + 1], states[path_of : path_of + stored]])
+                )
+                row = (first + root) * stored
+                found["log_prob"].append(log_prob[row : row + stored])
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run run_sample.py on this stage first") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
+    return {name: torch.stack(own) for name, own in found.items()} if images else {}
+
+
 def _stored(stored, plan):
     """An open samples.safetensors -> sliceable states, {field: tensor} of the other fields, [cond, negative]."""
     names = stored.keys()

@@ -17,10 +17,11 @@ def spent(place, config):
     forwards: passes of the denoiser, the compute of a run; training one transition counts as three.
     """
     lines = [line for line in metrics.read(place.metrics) if line["stage"] <= config.stage]
-    of = {step: [line for line in lines if line["step"] == step] for step in ("sample", "select", "train")}
-    sampled, trained = (sum(line["perf/unet_evals"] for line in of[step]) for step in ("sample", "train"))
+    of = {step: [line for line in lines if line["step"] == step] for step in ("select", "train")}
+    trained = sum(line["perf/unet_evals"] for line in of["train"])
+    sampled = sum(line.get("perf/unet_evals", 0) for line in lines) - trained
     return {
-        "queries": of["select"][-1]["reward/queries"],
+        "queries": max(line.get("reward/queries", 0) for line in lines),
         "updates": sum(line["train/updates"] for line in of["train"]),
         "kept": sum(line["select/kept"] for line in of["select"]),
         "unet_evals": sampled + trained,
