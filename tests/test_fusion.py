@@ -286,7 +286,9 @@ def test_what_a_fused_stage_leaves(finished):
             wanted = reward.score(images, prompts)[0]
         line = next(line for line in records(finished, "fuse") if line["stage"] == number)
         assert line["fuse/targets"] == line["fuse/kept"] == len(rows) == 6
-        assert line["fuse/target_oracle"] == pytest.approx(np.mean(oracle.verdicts(images, prompts)))
+        for name, folder in (("target", "fused"), ("base", "images"), ("reference", "images")):
+            right = oracle.verdicts([Image.open(stage / folder / row[name]) for row in rows], prompts)
+            assert line[f"fuse/{name}_oracle"] == pytest.approx(right.mean(), abs=1e-6)
         for row, own in zip(rows, wanted, strict=True):
             assert row["reward"] == pytest.approx(own, abs=1e-6)
             assert row["base_reward"] == by_name[row["base"]]["reward"] < by_name[row["reference"]]["reward"]
@@ -455,3 +457,20 @@ def test_masks_of_nothing_or_everything_are_said(tmp_path, capsys):
         for step in (sample, select, fuse):
             step.main(config)
         assert f"the masks cover {what}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_later_stage_in_which_nothing_is_better_trains_on_nothing(finished, tmp_path, monkeypatch):
+    (tmp_path / "ones.py").write_text("def reward(images, prompts):\n    return [1.0] * len(images)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "t/stage1")
+    stored = json.loads((copy / "t/config.json").read_text())
+    (copy / "t/config.json").write_text(json.dumps({**stored, "reward.name": "ones:reward"}))
+    run_stage(configure(copy, 1, "reward.name=ones:reward"))
+    assert rows_of(copy / "t/stage1") == []
+    assert records(copy, "fuse")[1]["fuse/targets"] == records(copy, "train")[1]["train/updates"] == 0
+    last = "checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
+    before, after = (load_file(copy / f"t/stage{number}" / last) for number in (0, 1))
+    assert all(torch.equal(before[name], after[name]) for name in before)

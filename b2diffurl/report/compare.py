@@ -7,7 +7,8 @@ import pathlib
 from ..errors import UserError
 from ..run import metrics
 from ..seeds import interval
-from .page import data_uri, environment, line_chart, read, status
+from .embedded import data_uri
+from .page import environment, line_chart, read, status
 
 FIGURES = {"reward/mean": "Reward", "oracle/alignment": "Oracle alignment", "diversity/clip": "Diversity"}
 AXES = ("reward queries", "UNet evaluations", "minutes")

@@ -1,18 +1,18 @@
 """One self-contained HTML page of a run, finished or not: `python -m b2diffurl.report model/lora/<exp_name>`."""
 
-import base64
 import io
 import itertools
 import os
 import pathlib
 
 import jinja2
-from PIL import Image
 
 from ..errors import UserError
 from ..evaluate.before_after import table
 from ..plan import METHODS
 from ..run import metrics, storage
+from .embedded import data_uri, picture
+from .fused import strip
 
 CHARTS = (  # title, what it says, step, {figure: label}, against
     ("Reward", "Mean over the stage's images, before that stage's training.", "select", {"reward/mean": ""}, "queries"),
@@ -22,6 +22,9 @@ CHARTS = (  # title, what it says, step, {figure: label}, against
      "collapse.", "select", {"diversity/clip": ""}, "queries"),
     ("Reward spread", "Standard deviation over all images, and within branch groups: what the interval decides.",
      "select", {"reward/std": "all", "reward/std_within_groups": "within groups"}, "stage"),
+    ("Fused targets", "Mean rewards of the references, of the bases, and of the targets: the bases denoised again with "
+     "the references fused in.", "fuse", {"fuse/reference_reward": "references", "fuse/base_reward": "bases",
+     "fuse/target_reward": "targets"}, "stage"),
     ("Interval", "How many of the last denoising steps are trained.", "sample", {"interval/length": ""}, "stage"),
     ("Kept samples", "Images that were selected, and those of them whose normalised reward is above 0.", "select",
      {"select/kept": "kept", "select/kept_best": "best"}, "stage"),
@@ -37,7 +40,6 @@ CHARTS = (  # title, what it says, step, {figure: label}, against
 STEPS = ("sample", "select", "fuse", "train")
 GROUPS = 6  # of a stage, shown
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
-THUMBNAIL = 160  # pixels, the most that a picture is embedded with
 
 
 def main(folder):
@@ -55,6 +57,7 @@ def main(folder):
             status=status(folder, records),
             charts=charts(records),
             stages=[sheet(folder / f"stage{stage}", stage) for stage in shown_stages(folder)],
+            fused=[own for stage in shown_stages(folder) if (own := strip(folder / f"stage{stage}", stage))],
             evaluation=evaluation(folder),
             branching=METHODS[settings["method"]].branches if settings else True,
             settings=settings,
@@ -134,11 +137,6 @@ def line_chart(series, across):
     return data_uri(stream.getvalue(), "svg+xml")
 
 
-def data_uri(data, kind):
-    """Bytes of an image file -> what an <img> takes without a request."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def shown_stages(folder):
     """The first, the middle and the last of the stages that are scored and still have their pictures."""
     found = sorted(
@@ -175,15 +173,6 @@ def tile(folder, row, group):
         "normalised": row["normalised"],
         "kept": kept,
     }
-
-
-def picture(path):
-    """An image file -> a data URI of at most THUMBNAIL pixels a side."""
-    with Image.open(path, formats=["PNG"]) as image:
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        stream = io.BytesIO()
-        image.convert("RGB").save(stream, "PNG" if max(image.size) < THUMBNAIL else "JPEG", quality=88)
-        return data_uri(stream.getvalue(), "png" if max(image.size) < THUMBNAIL else "jpeg")
 
 
 def evaluation(folder):

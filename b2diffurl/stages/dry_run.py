@@ -10,6 +10,7 @@ from ..run import metrics
 from ..run.command import run_main
 from ..run.folder import Run
 from ..run.prompts import read_prompts
+from .targets import evaluations
 
 BUDGET = 3.0  # seconds for each measurement
 
@@ -25,20 +26,25 @@ def main(config):
     images = config.sample.groups * plans[0].images
     transitions = epochs * config.sample.groups * statistics.mean(trained(config, plan) for plan in plans)
     seconds = [images / sampling["per_s"], images / scoring["per_s"], transitions / training["per_s"]]
+    fused = config.sample.groups * 2 * (config.sample.branches // 4) if METHODS[config.method].fusion else 0
+    stored = rates.sizes(config, latent, pictures[0])["stored_bytes_per_image"] * (images + 2 * fused)
     before_after = 2 * config.evaluate.images_per_prompt * len(prompts(config))
-    stored = rates.sizes(config, latent, pictures[0])["stored_bytes_per_image"] * images
     kept = min(len(plans), max(config.keep.trajectories, config.keep.images) or len(plans))
     peaks = [phase["peak_bytes"] for phase in (sampling, scoring, training) if phase["peak_bytes"]]
     steps = config.evaluate.num_steps or config.sample.num_steps
+    asked = statistics.mean(evaluations(config, plan) for plan in plans)
+    seconds.append(fused * (asked * sampling["seconds_per_step"] + 1 / scoring["per_s"]))
     total = len(plans) * sum(seconds) + before_after * steps * sampling["seconds_per_step"]
     print("\n".join([
         f"run        {Run(config).folder}: {config.method}, {algorithm}, {config.reward.name}",
-        f"stages     {len(plans)} of {images} images; {len(plans) * images:,} reward queries in all",
+        f"stages     {len(plans)} of {images} images{f' and {fused} fused ones' if fused else ''}; "
+        f"{len(plans) * (images + fused):,} reward queries in all",
         f"evaluation {before_after} images",
         f"disk       {size(stored)} per stage, {size(kept * stored)} at most at one time (config.keep)",
         f"memory     {size(max(peaks))} here with batches of {sampling['batch']} and {training['batch']}"
         if peaks else "memory     not known here",
-        f"time       sample {seconds[0]:.0f} s, select {seconds[1]:.0f} s, train {seconds[2]:.0f} s or less per stage; "
+        f"time       sample {seconds[0]:.0f} s, select {seconds[1]:.0f} s, train {seconds[2]:.0f} s or less"
+        f"{f', fuse {seconds[3]:.0f} s' if fused else ''} per stage; "
         f"{metrics.duration(total)} or less in all by one process, without loading",
         "nothing was written",
     ]))  # fmt: skip

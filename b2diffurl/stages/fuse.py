@@ -14,6 +14,7 @@ from ..plan import METHODS, pair_plan, stage_plan
 from ..rewards.history import RewardHistory, standardise
 from ..run import metrics, processes, storage
 from ..run.tracking import track
+from ..shapes.oracle import verdicts
 from .begin import begin
 from .scoring import read_picture, score
 from .select import history_of
@@ -40,83 +41,96 @@ def main(config, started=None, loaded=None):
         raise UserError(f"config.method={config.method} fuses nothing: run_train.py is next")
     run, log = opened
     scores = storage.read_json(run.stage / "scores.json", "run_select.py")["scores"]
-    before, loaded = run.require_previous(), loaded or Models(config)
-    plan, pairs = stage_plan(config), pairs_of(config, scores)
-    if not pairs:
-        raise UserError(f"stage {config.stage}: no reference is better than a base: look at the rewards in scores.json")
-    prompts = list(dict.fromkeys(base["prompt"] for _, base in pairs))
-    words, of_pair = (
-        word_thresholds(config, loaded.family, prompts),
-        [prompts.index(base["prompt"]) for _, base in pairs],
-    )
+    before, loaded, pairs = run.require_previous(), loaded or Models(config), pairs_of(config, scores)
+    prompts = list(dict.fromkeys(row["prompt"] for row in scores))
+    words, of_pair = word_thresholds(config, loaded.family, prompts), [prompts.index(b["prompt"]) for _, b in pairs]
     cond, policy = loaded.family.embed(prompts), loaded.policy(before)
     loaded.family.vae  # noqa: B018 - loading it counts as start-up
-    ready, share = time.perf_counter(), processes.share(len(pairs))
-    stored = read_images(
-        run.stage / "samples.safetensors", plan, [place(config, r) for own in pairs[share] for r in own]
-    )
-    mine, tensors = Pairs(pairs[share], take(cond, of_pair[share]), words[of_pair[share]], stored), {}
-
-    def work():
-        with policy.together():
-            if mine.rows:
-                tensors.update(make_targets(config, policy, mine, folder))
-
+    ready = time.perf_counter()
     with storage.fresh_folder(run.stage / "fused") as folder:
-        processes.agree(work)
-    tensors = storage.join_shares(run.stage, tensors)
+        tensors = _make(config, run, policy, pairs, (take(cond, of_pair), words[of_pair]), folder)
     with loaded.scoring() as reward:
-        found = _score(config, run, pairs, reward)
+        found = _score(config, run, pairs, reward) if pairs else (np.zeros(0), {}, np.zeros((0, 2)))
 
     def conclude():
         if processes.rank():
             return
-        table = _rows(pairs, found, tensors["mask_share"])
-        normalised = _normalised(config, run, scores, table)
-        kept = np.array([row["kept"] for row in _keep(config, table)])
-        own = pair_plan(plan)
-        rule = functools.partial(credit.targets, kept=kept)
-        write_credit(run.stage / "selected.safetensors", credit.assign(own, normalised, config, rule)[0])
-        forest = rollout.assemble(own, tensors["states"], tensors["log_prob"], torch.tensor(of_pair))
+        plan, own = stage_plan(config), pair_plan(stage_plan(config))
+        table = _rows(config, pairs, found, tensors["mask_share"])
+        rule = functools.partial(credit.targets, kept=np.array([row["kept"] for row in table], dtype=bool))
+        chosen, _ = credit.assign(own, _normalised(config, run, scores, table), config, rule)
+        write_credit(run.stage / "selected.safetensors", chosen)
+        forest = rollout.assemble(own, tensors["states"], tensors["log_prob"], torch.tensor(of_pair, dtype=torch.long))
         write_rollout(run.stage / "fused.safetensors", forest, cond, loaded.family.embed([""]))
-        values = _figures(table, found, scores) | {
-            "fuse/kl": round(tensors["kl"][:, : -plan.untrained or None].mean().item(), 6),
+        values = _figures(table, found[1], tensors["kl"][:, : plan.steps - plan.untrained - plan.start]) | {
             "reward/queries": _queries(config, run, len(table)),
             "perf/unet_evals": loaded.family.evaluations * len(table) * evaluations(config, plan),
             "perf/startup_s": round(ready - started, 3),
             "time_s": round(time.perf_counter() - started, 3),
         }
         metrics.record(run.metrics, config, "fuse", values)
-        divergence = {plan.start + i: round(own.item(), 4) for i, own in enumerate(tensors["kl"].mean(0))}
-        storage.write_json(run.stage / "fused.json", {"targets": table, "kl": divergence})
+        kl = {plan.start + i: round(own, 4) for i, own in enumerate(tensors["kl"].mean(0).tolist())} if pairs else {}
+        storage.write_json(run.stage / "fused.json", {"targets": table, "kl": kl})  # last: the step is complete
         track(config, "fuse", values, log)
         log.info(f"stage {config.stage} fuse: {_summary(values)}")
-        _warn(config, values["fuse/mask_share"], log)
+        if pairs:
+            _warn(config, values["fuse/mask_share"], log)
 
     processes.agree(conclude)
 
 
+def _make(config, run, policy, pairs, given, folder):
+    """make_targets of every process's own share of the pairs, joined; given: Conditioning and thresholds of all."""
+    plan, (cond, words), tensors = stage_plan(config), given, {}
+    share = processes.share(len(pairs))
+    images = [place(config, row) for own in pairs[share] for row in own]
+    stored = read_images(run.stage / "samples.safetensors", plan, images)
+    mine = Pairs(pairs[share], {name: own[share] for name, own in cond.items()}, words[share], stored)
+
+    def work():
+        with policy.together():
+            if mine.rows:
+                tensors.update(make_targets(config, policy, mine, folder))
+
+    processes.agree(work)
+    if pairs:
+        return storage.join_shares(run.stage, tensors)
+    own, steps = pair_plan(plan), plan.steps - plan.start
+    shapes = {"states": (own.states, *policy.family.latent_shape), "log_prob": (len(own.transitions.step),)}
+    return {name: torch.zeros(0, *shape) for name, shape in {**shapes, "kl": (steps,), "mask_share": ()}.items()}
+
+
 def _score(config, run, pairs, reward):
-    """-> the targets' rewards (N,), the oracle's verdicts of them (N,) or None, and distances (N, 2) from the base.
+    """-> the targets' rewards (N,), {name: the oracle's verdicts (N,)}, and distances (N, 2) from the base.
 
-    The distances are those of the target and of the reference: root mean square over a picture's numbers in [0, 1].
+    The verdicts are of references, bases and targets, none where the oracle is not asked. The distances are those of
+    the target and of the reference: root mean square over a picture's numbers in [0, 1].
     """
+    images, prompts = run.stage / "images", [base["prompt"] for _, base in pairs]
 
-    def distances(images, share):
-        measured = []
-        for image, pair in zip(images, pairs[share], strict=True):
-            reference, base = (read_picture(run.stage / "images" / own["image"]) for own in pair)
-            target, reference, base = (np.asarray(own, dtype=np.float32) / 255 for own in (image, reference, base))
-            measured.append([((own - base) ** 2).mean() ** 0.5 for own in (target, reference)])
-        return measured
+    def compare(targets, share):
+        others = [[read_picture(images / own["image"]) for own in side] for side in zip(*pairs[share], strict=True)]
+        right = [verdicts(side, prompts[share]) if config.evaluate.oracle else None for side in others]
+        references, bases, targets = (
+            [np.asarray(i, dtype=np.float32) / 255 for i in own] for own in (*others, targets)
+        )
+        away = [
+            [((own - base) ** 2).mean() ** 0.5 for own, base in zip(side, bases, strict=True)]
+            for side in (targets, references)
+        ]
+        return np.array(away).T, right
 
-    paths, prompts = [run.stage / "fused" / base["image"] for _, base in pairs], [base["prompt"] for _, base in pairs]
-    raw, _, right, measured = score(config, reward, paths, prompts, distances)
-    return raw, right, np.concatenate(measured)
+    paths = [run.stage / "fused" / base["image"] for _, base in pairs]
+    raw, _, right, found = score(config, reward, paths, prompts, compare)
+    verdict = {}
+    if right is not None:
+        sides = (np.concatenate([own[side] for _, own in found]) for side in (0, 1))
+        verdict = {**dict(zip(("reference", "base"), sides, strict=True)), "target": right}
+    return raw, verdict, np.concatenate([away for away, _ in found])
 
 
-def _rows(pairs, found, shares):
-    """fused.json's rows, but for `kept`."""
+def _rows(config, pairs, found, shares):
+    """fused.json's rows; kept are all, or those whose target beats its base by more than the margin."""
     raw, _, distances = found
     return [
         {
@@ -124,17 +138,10 @@ def _rows(pairs, found, shares):
             "reference": reference["image"], "base": base["image"], "reference_reward": reference["reward"],
             "base_reward": base["reward"], "reward": float(own), "mask_share": round(float(share), 4),
             "distance": round(float(near), 6), "reference_distance": round(float(far), 6),
+            "kept": bool(config.fusion.keep == "all" or own - base["reward"] > config.fusion.margin),
         }
         for (reference, base), own, share, (near, far) in zip(pairs, raw, shares, distances, strict=True)
     ]  # fmt: skip
-
-
-def _keep(config, table):
-    """Put `kept` into the rows: every pair, or those whose target beats its base by more than the margin."""
-    for row in table:
-        better = row["reward"] - row["base_reward"] > config.fusion.margin
-        row["kept"] = bool(better or config.fusion.keep == "all")
-    return table
 
 
 def _normalised(config, run, scores, table):
@@ -154,19 +161,21 @@ def _queries(config, run, targets):
     )
 
 
-def _figures(table, found, scores):
-    """What metrics.jsonl says of the targets."""
-    values = {name: round(float(np.mean([row[field] for row in table])), 6) for name, field in FIGURES.items()}
-    better = [row["reward"] > row["base_reward"] for row in table]
-    kept = sum(row["kept"] for row in table)
-    values |= {"fuse/targets": len(table), "fuse/kept": kept, "fuse/better": round(float(np.mean(better)), 6)}
-    if found[1] is not None:
-        values["fuse/target_oracle"] = round(float(found[1].mean()), 6)
-    return values
+def _figures(table, verdict, kl):
+    """What metrics.jsonl says of the targets; kl: of the trained steps, in nats."""
+    values = {"fuse/targets": len(table), "fuse/kept": sum(row["kept"] for row in table)}
+    if not table:
+        return values
+    means = {name: np.mean([row[field] for row in table]) for name, field in FIGURES.items()}
+    means |= {f"fuse/{name}_oracle": own.mean() for name, own in verdict.items()}
+    means |= {"fuse/better": np.mean([row["reward"] > row["base_reward"] for row in table]), "fuse/kl": kl.mean()}
+    return values | {name: round(float(value), 6) for name, value in means.items()}
 
 
 def _summary(values):
     """The step's line in the log."""
+    if not values["fuse/targets"]:
+        return "no reference is better than a base; nothing is trained on"
     right = f", oracle {values['fuse/target_oracle']:.3f}" if "fuse/target_oracle" in values else ""
     return (
         f"{values['fuse/targets']} targets, reward {values['fuse/base_reward']:.4f} -> "
