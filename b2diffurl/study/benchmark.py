@@ -41,7 +41,7 @@ TASKS = {
     "left": Task(LADDER + "right_left", "right_left", "study", "search"),
 }
 SHARED = {"train.log_prob": "sum", "train.clip_range": 0.2, "train.learning_rate": 8e-3}
-LEAN = {"train.step_weights": "inverse_gain", "select.credit": "group", "sample.groups": 24}
+LEAN = {"train.step_weights": "inverse_gain", "select.credit": "group", "sample.groups": 24, "train.num_epochs": 1}
 ARMS = {  # over the preset `shapes` and SHARED
     "ddpo": {"method": "ddpo"},
     "ddpo_contrast": {"method": "ddpo", "select.credit": "contrast"},
@@ -59,8 +59,12 @@ SEARCH_SEED = 201
 GRID = {  # what the search tries: {arm: [settings over it]}
     "b2": [{"train.learning_rate": 4e-3}, {}, {"train.step_weights": "inverse_gain"}],
     "ddpo": [{"train.learning_rate": 4e-3}, {}],
-    "b2_lean": [{"train.learning_rate": 4e-3}, {}, {"select.credit": "contrast", "train.trajectories_per_update": 16}],
-    "ddpo_lean": [{"train.learning_rate": 4e-3, "select.credit": "all"}],
+    "b2_lean": [
+        {}, {"train.ema_decay": 0.8}, {"train.lr_schedule": "linear"}, {"train.trajectories_per_update": 16},
+        {"schedule.untrained": 2}, {"train.num_epochs": 2}, {"train.num_epochs": 2, "train.learning_rate": 4e-3},
+        {"train.num_epochs": 2, "select.credit": "contrast", "train.trajectories_per_update": 16},
+    ],
+    "ddpo_lean": [{"train.num_epochs": 2, "train.learning_rate": 4e-3, "select.credit": "all"}],
 }
 KEYS = ("task", "arm", "settings", "seed")  # of a run
 TEXTS = (*KEYS[:3], "by_prompt_train", "by_prompt_test", "failed")
