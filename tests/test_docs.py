@@ -13,7 +13,9 @@ from config.stage_process import get_config
 PAGES = [pathlib.Path(name) for name in ("README.md", "model/shapes/README.md", "model/shapes_flow/README.md")]
 PAGES += sorted(pathlib.Path("docs").rglob("*.md"))
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
-WITHOUT = ("b2diffurl.bench.memory", "b2diffurl.bench.rehearsal", "b2diffurl.shapes.flow")  # for few: no short name
+WITHOUT = (  # for few: no short name
+    "b2diffurl.bench.memory", "b2diffurl.bench.rehearsal", "b2diffurl.shapes.flow", "b2diffurl.report.fused",
+)  # fmt: skip
 PLACEHOLDER = re.compile(r"[A-Z]+$")  # FILE, NAME, S: for the reader to fill in
 FLAG = re.compile(r"--config\.([\w.]+)=((?:\"[^\"`]*\"|[^\s`|\"])*)")
 

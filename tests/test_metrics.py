@@ -42,8 +42,15 @@ def test_the_time_left_is_that_of_the_mean_stage(tmp_path, config):
 def test_every_key_is_explained():
     """docs/runs.md has the keys that the steps' code names, and no others."""
     code = "".join(path.read_text() for path in pathlib.Path("b2diffurl/stages").glob("*.py"))
-    named = set(re.findall(r'"((?:sample|select|train|policy|perf|reward|interval|oracle|diversity)/\w+)"', code))
-    named |= {"stage", "step", "time_s", "reward/NAME", "policy/kl_pretrained", "policy/preferred"}
+    named = set(re.findall(r'"((?:sample|select|fuse|train|policy|perf|reward|interval|oracle|diversity)/\w+)"', code))
+    named |= {
+        "stage",
+        "step",
+        "time_s",
+        "reward/NAME",
+        *(f"policy/{n}" for n in ("kl_pretrained", "preferred", "base_clipped")),
+    }
+    named |= {f"fuse/{side}_oracle" for side in ("reference", "base", "target")}
     named |= {f"train/updates_by_{unit}" for unit in ("epoch", "stage")}
     page = pathlib.Path("docs/runs.md").read_text().partition("## Every key")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
