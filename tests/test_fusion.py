@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_sdxl
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from b2diffurl.models import Models
 from b2diffurl.run.command import parse
 from b2diffurl.selection import select_pairs
 from b2diffurl.shapes import oracle
-from b2diffurl.stages import fuse, sample, select, train
+from b2diffurl.stages import fuse, preflight, sample, select, train
 from b2diffurl.stages.loop import run_stage
 from b2diffurl.words import content_tokens, thresholds
 
@@ -438,6 +439,12 @@ def test_fusion_out_of_place_is_one_line(finished, tmp_path):
             configure(tmp_path, 0, flag)
     with pytest.raises(UserError, match=r"needs a UNet: in StableDiffusion3Pipeline"):
         load_family(configure(tmp_path, 0, "pretrained.model=model/shapes_flow/pipeline"))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a red circle"}\n{"prompt": "a cyan ring", "positions": [3]}\n')
+    with pytest.raises(
+        UserError, match=r"'a cyan ring': \"positions\" must be .* from 0 to 2"
+    ):  # before the first stage
+        preflight.main(configure(tmp_path, 0, f"prompts.train={prompts}"))
     with pytest.raises(UserError, match=r"config\.method=b2 fuses nothing"):
         fuse.main(configure(tmp_path, 0, "method=b2"))
     config = configure(tmp_path, 0)
@@ -448,6 +455,19 @@ def test_fusion_out_of_place_is_one_line(finished, tmp_path):
     select.main(config)
     with pytest.raises(UserError, match=r"selected\.safetensors is missing|fused\.json is missing: run run_fuse\.py"):
         train.main(config)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_sdxl_fuses_in_half_precision_too(tmp_path):
+    more = (f"pretrained.model={tiny_sdxl.write(tmp_path)}", "mixed_precision=bf16", "reward.name=jpeg_compressibility",
+            "evaluate.oracle=False", "train.clip_range=0.3")  # fmt: skip
+    run_stage(configure(tmp_path, 0, *more))
+    (line,) = records(tmp_path, "fuse")
+    assert line["fuse/targets"] == 6
+    assert 0.2 < line["fuse/mask_share"] < 1
+    assert line["fuse/distance"] > 0
+    assert "fuse/target_oracle" not in line
+    assert records(tmp_path, "train")[0]["train/updates"] > 0
 
 
 @pytest.mark.usefixtures("elsewhere")

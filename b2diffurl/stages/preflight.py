@@ -1,8 +1,10 @@
 """What run_process.sh asks before it starts; the last line is "<stages> <steps or "one"> <run folder>"."""
 
+from ..plan import METHODS
 from ..run.command import run_main
 from ..run.config import is_url, reward_terms
 from ..run.folder import Run
+from ..run.prompts import read_prompts
 from .begin import steps
 
 
@@ -18,6 +20,11 @@ def main(config):
             from ..rewards import user_function
 
             user_function(name)
+    if METHODS[config.method].fusion:
+        from ..families import load_family
+        from .targets import word_thresholds
+
+        word_thresholds(config, load_family(config), read_prompts(config.prompts.train))
     if config.evaluate.lpips or config.evaluate.inception_score:  # may have to be downloaded
         from ..evaluate.measures import Quality
 
