@@ -156,3 +156,9 @@ def stage_plan(config):
 def pair_plan(plan):
     """The Plan of D-Fusion's pairs: of a base, node 0, and its target, node 1, from the interval's start on."""
     return Plan(plan.steps, plan.start, 2, ((plan.start, 1),), plan.untrained)
+
+
+def queries(config):
+    """Reward queries of a stage; of D-Fusion's targets the most that it can score."""
+    targets = 2 * (config.sample.branches // 4) if METHODS[config.method].fusion else 0
+    return config.sample.groups * (config.sample.branches + targets)

@@ -9,25 +9,29 @@ from b2diffurl.errors import UserError
 from b2diffurl.seeds import interval, lower_bound, p_value
 from b2diffurl.shapes import ladder
 from b2diffurl.study import benchmark, benchmark_report, results
+from b2diffurl.study.designs import DESIGNS, SPARSE
 
 
-def test_every_job_can_be_configured(tmp_path):
-    jobs = benchmark.benchmark_jobs(benchmark.TASKS, benchmark.ARMS, benchmark.SEEDS)
-    jobs += benchmark.search_jobs(benchmark.TASKS, benchmark.GRID)
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
+def test_every_job_can_be_configured(tmp_path, design):
+    jobs = benchmark.benchmark_jobs(design.tasks, design.arms, design.seeds)
+    jobs += benchmark.search_jobs(design.tasks, design.grid)
     assert len(jobs) == len(set(jobs))
-    seeds = {job.seed for job in jobs[: len(benchmark.TASKS) * len(benchmark.ARMS)]}
-    assert seeds == {benchmark.SEEDS[0]}
+    seeds = {job.seed for job in jobs[: len(design.tasks) * len(design.arms)]}
+    assert seeds == {design.seeds[0]}
     names = set()
-    for job in jobs[:: len(benchmark.TASKS)]:
-        config = benchmark.configure(job, tmp_path)
+    for job in jobs[:: len(design.tasks)]:
+        config = benchmark.configure(job, tmp_path, design)
         names.add(config.exp_name)
-        per_stage = config.sample.groups * config.sample.branches
-        wanted = benchmark.SEARCH_BUDGET if job.seed == benchmark.SEARCH_SEED else benchmark.BUDGET
-        assert config.schedule.stage_count * per_stage == benchmark.LESS.get(job.arm, wanted)
-        assert benchmark.EVERY % per_stage == 0
-        assert getattr(ladder, benchmark.TASKS[job.task].success)
+        per_stage = benchmark.queries(config)
+        wanted = design.search_budget if job.seed == benchmark.SEARCH_SEED else design.budget
+        assert config.schedule.stage_count * per_stage == design.less.get(job.arm, wanted)
+        assert design.every % per_stage == 0
+        assert getattr(ladder, design.tasks[job.task].success)
         assert ("search" in config.prompts.test) == (job.seed == benchmark.SEARCH_SEED)
-    assert len(names) == len(jobs[:: len(benchmark.TASKS)])
+    assert len(names) == len(jobs[:: len(design.tasks)])
+    assert {arm for pair in design.comparisons for arm in pair} <= design.arms.keys()
+    assert design.grid.keys() <= design.arms.keys()
 
 
 def run_here(jobs, run):
@@ -39,13 +43,11 @@ def test_a_small_run_and_its_report(tmp_path, monkeypatch, capsys):
         "sample.groups": 2, "sample.branches": 3, "sample.num_steps": 4, "schedule.left": 2, "schedule.right": 3,
         "evaluate.images_per_prompt": 2, "train.trajectories_per_update": 2,
     }  # fmt: skip
-    monkeypatch.setitem(benchmark.ARMS, "b2", {**benchmark.ARMS["b2"], **small})
-    monkeypatch.setattr(benchmark, "BUDGET", 12)
-    monkeypatch.setattr(benchmark, "EVERY", 6)
+    design = SPARSE._replace(arms={"b2": {**SPARSE.arms["b2"], **small}}, budget=12, every=6)
     monkeypatch.setattr(benchmark, "each", run_here)
     monkeypatch.setattr(benchmark.lock, "hold", lambda folder: None)
     jobs = benchmark.benchmark_jobs(["attribute"], ["b2"], [7])
-    benchmark.main(tmp_path, jobs)
+    benchmark.main(tmp_path, jobs, design)
     rows = results.read(tmp_path / "results.csv", benchmark.TEXTS, benchmark.COUNTS)
     assert [(row["stage"], row["queries"]) for row in rows] == [(0, 6), (1, 12)]
     trained = rows[1]["unet_evals"] - rows[0]["unet_evals"]
@@ -56,8 +58,8 @@ def test_a_small_run_and_its_report(tmp_path, monkeypatch, capsys):
         assert np.mean(by_prompt) == pytest.approx(rows[1][f"success_{part}"], abs=1e-4)
     assert (tmp_path / "curves.png").stat().st_size > 5000
     assert "| attribute | b2 |  | 1 |" in (tmp_path / "table.md").read_text()
-    monkeypatch.setattr(benchmark, "run", lambda job, out: pytest.fail("run again"))
-    benchmark.main(tmp_path, jobs)
+    monkeypatch.setattr(benchmark, "run", lambda job, out, design: pytest.fail("run again"))
+    benchmark.main(tmp_path, jobs, design)
     capsys.readouterr()
 
 
@@ -66,7 +68,7 @@ def test_a_run_that_fails_counts_with_the_base_model_and_is_named(tmp_path, monk
     figures |= {"by_prompt_train": "0.25", "by_prompt_test": "0.25"}
     jobs = [benchmark.Job(task, arm, seed) for task in ("dark", "left") for arm in ("b2", "b2_lean") for seed in (1, 2)]
 
-    def run(job, out):
+    def run(job, out, design):
         if job == jobs[0]:
             raise UserError("the gradient is not finite")
         row = {**dict.fromkeys(benchmark.COUNTS[1:], 100), **job.key(), **figures, "approx_kl": 0.1, "seconds": 1.0}
@@ -80,17 +82,17 @@ def test_a_run_that_fails_counts_with_the_base_model_and_is_named(tmp_path, monk
                 yield job, error
 
     for name, value in (
-        ("base_figures", lambda out, jobs: {"dark": figures, "left": figures}), ("run", run), ("each", all_of),
-        ("TASKS", {task: benchmark.TASKS[task] for task in ("dark", "left")}),
+        ("base_figures", lambda out, jobs, design: {"dark": figures, "left": figures}), ("run", run), ("each", all_of),
     ):  # fmt: skip
         monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark.lock, "hold", lambda folder: None)
+    design = SPARSE._replace(tasks={task: SPARSE.tasks[task] for task in ("dark", "left")})
     with pytest.raises(UserError, match="1 of 8 runs failed: dark b2 1: the gradient"):
-        benchmark.main(tmp_path, jobs)
+        benchmark.main(tmp_path, jobs, design)
     table = (tmp_path / "table.md").read_text()
     assert "Failed: dark b2  1 the gradient is not finite" in table
     assert "| b2_lean at its half - b2 | 2 | +0.125 " in table  # (0.75 - 0.25) / 2 at seed 1, 0 at seed 2
-    benchmark.main(tmp_path, jobs)  # nothing is left
+    benchmark.main(tmp_path, jobs, design)  # nothing is left
     capsys.readouterr()
 
 
@@ -118,12 +120,12 @@ def test_arms_are_compared_by_seed_and_corrected(monkeypatch):
     base = {"dark": {"success_test": 0.2, "success_train": 0.2, "diversity_train": 0.1}}
     ends = {"b2": (0.5, 0.6, 0.75), "ddpo": (0.4, 0.55, 0.6)}
     rows = [row for arm, own in ends.items() for seed, end in enumerate(own) for row in rows_of(arm, seed, (0.3, end))]
-    (line,) = benchmark_report.differences(benchmark_report.runs_of(rows[::-1]), base)[2:]
+    (line,) = benchmark_report.differences(benchmark_report.runs_of(rows[::-1]), base, SPARSE.comparisons)[2:]
     gaps = [(b - d) / 4 for b, d in zip(*ends.values(), strict=True)]  # the last stretch is half of the path
     mean, low, high = interval(gaps)
     assert f"| dark | b2 | ddpo | 3 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {p_value(gaps):.2g} |" == line
     shorter = [row for row in rows if row["arm"] == "ddpo" or row["stage"] == 0]  # b2 went half as far, and no further
-    (line,) = benchmark_report.differences(benchmark_report.runs_of(shorter), base)[2:]
+    (line,) = benchmark_report.differences(benchmark_report.runs_of(shorter), base, SPARSE.comparisons)[2:]
     assert "| +0.000 [+0.000, +0.000] | 1 |" in line
     monkeypatch.setattr(benchmark_report, "MARKS", (0.55, 0.9))
     table = benchmark_report.table(benchmark_report.runs_of(rows), base)
@@ -139,14 +141,16 @@ def test_the_primary_outcome_is_over_the_seeds_that_have_all_tasks():
         for arm, of_task in ends.items() for task, own in zip(base, of_task, strict=True)
         for seed, end in enumerate(own) for row in rows_of(arm, seed, (0.3, end))
     ]  # fmt: skip
-    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), (*base,))[2:]
+    two = SPARSE._replace(tasks=base)
+    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), two)[2:]
     gaps = [((0.5 - 0.6) + (0.4 - 0.3)) / 2, ((0.7 - 0.6) + (0.5 - 0.3)) / 2]
     mean, low, high = interval(gaps)
     wanted = f"| b2_lean at its half - b2 | 2 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {lower_bound(gaps):+.3f} |"
     assert line.startswith(wanted)
     assert line.endswith("| 1.00 |")
-    assert benchmark_report.primary(benchmark_report.runs_of(rows[:1]), (*base,)) == []
-    assert benchmark_report.primary(benchmark_report.runs_of(rows), (*base, "a task without runs")) == []
+    assert benchmark_report.primary(benchmark_report.runs_of(rows[:1]), two) == []
+    more = SPARSE._replace(tasks=(*base, "a task without runs"))
+    assert benchmark_report.primary(benchmark_report.runs_of(rows), more) == []
 
 
 def test_the_lower_bound_is_students():

@@ -5,7 +5,7 @@ import statistics
 from ..bench import rates
 from ..losses import ALGORITHMS
 from ..models import Models
-from ..plan import METHODS
+from ..plan import METHODS, queries
 from ..run import metrics
 from ..run.command import run_main
 from ..run.folder import Run
@@ -26,7 +26,7 @@ def main(config):
     images = config.sample.groups * plans[0].images
     transitions = epochs * config.sample.groups * statistics.mean(trained(config, plan) for plan in plans)
     seconds = [images / sampling["per_s"], images / scoring["per_s"], transitions / training["per_s"]]
-    fused = config.sample.groups * 2 * (config.sample.branches // 4) if METHODS[config.method].fusion else 0
+    fused = queries(config) - images
     stored = rates.sizes(config, latent, pictures[0])["stored_bytes_per_image"] * (images + 2 * fused)
     before_after = 2 * config.evaluate.images_per_prompt * len(prompts(config))
     kept = min(len(plans), max(config.keep.trajectories, config.keep.images) or len(plans))

@@ -6,8 +6,8 @@ from ..rewards import clip_of, user_function
 from ..run import metrics, processes
 from ..run.prompts import read_prompts
 from ..shapes.variety import open_entropy
+from .designs import LADDER
 
-LADDER = "b2diffurl.shapes.ladder:"
 FIGURES = ("success", "by_prompt", "reward", "diversity", "entropy")  # each with _train and with _test
 
 

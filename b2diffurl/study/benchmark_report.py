@@ -8,21 +8,14 @@ import numpy as np
 from ..seeds import holm, interval, lower_bound, p_value
 
 MARKS = (0.8, 0.9)  # of held-out success
-PRIMARY = ("b2", "ddpo")  # what b2_lean is set against
-SECONDARY = (
-    ("b2", "ddpo"), ("b2", "ddpo_contrast"), ("b2", "ddpo_bpt"), ("b2", "ddpo_bs"), ("b2_lean", "ddpo_lean"),
-)  # fmt: skip
 AXES = {"queries": "reward queries", "forwards": "forward passes (training one transition is 3)"}
 
 
-def write(out, rows, base, tasks):
-    """Write both into the folder `out`.
-
-    rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}; tasks: all that the primary outcome
-    needs.
-    """
+def write(out, rows, base, design):
+    """Write both into the folder `out`; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
     runs = runs_of(rows)
-    lines = [*table(runs, base), "", *primary(runs, tasks), "", *differences(runs, base), "", *failures(rows)]
+    lines = [*table(runs, base), "", *primary(runs, design), "", *differences(runs, base, design.comparisons), ""]
+    lines += failures(rows)
     (out / "table.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     if whole := runs_of([row for row in rows if "failed" not in row]):
         draw(out / "curves.png", whole, base)
@@ -97,15 +90,15 @@ def _median(values):
     return f"{middle:.0f} ({len(reached)} of {len(values)})".replace("inf", "-")
 
 
-def primary(runs, tasks):
-    """Markdown lines: b2_lean at its end minus b2 and ddpo at theirs, every seed's value the mean of its tasks.
+def primary(runs, design):
+    """Markdown lines: design.lean at its end minus its rivals at theirs, every seed's value the mean of the tasks.
 
     Only over the seeds that have all of them.
     """
     lines = ["| primary | seeds | held-out: end | one-sided 95 % bound | diversity | forward passes, ratio |"]
     lines.append("| --- " * 6 + "|")
-    for other in PRIMARY:
-        pairs = [(runs.get((task, "b2_lean", ""), {}), runs.get((task, other, ""), {})) for task in tasks]
+    for other in design.rivals:
+        pairs = [(runs.get((task, design.lean, ""), {}), runs.get((task, other, ""), {})) for task in design.tasks]
         seeds = sorted(set.intersection(*(own.keys() & theirs.keys() for own, theirs in pairs)))
         if len(seeds) < 2:
             continue
@@ -118,18 +111,18 @@ def primary(runs, tasks):
         ratio = np.mean([own / theirs for own, theirs in spent if own and theirs])  # a failed run has none
         bound = f"{lower_bound(gaps):+.3f}"
         said = f"{said_of(gaps, '+.3f')} | {bound} | {said_of(diversity, '+.3f')} | {ratio:.2f}"
-        lines.append(f"| b2_lean at its half - {other} | {len(seeds)} | {said} |")
+        lines.append(f"| {design.lean} at its half - {other} | {len(seeds)} | {said} |")
     return lines if len(lines) > 2 else []
 
 
-def differences(runs, base):
-    """Markdown lines: the protocol's pairs of arms by seed and task, in the area, with Holm's p-values.
+def differences(runs, base, comparisons):
+    """Markdown lines: pairs of arms by seed and task, in the area, with Holm's p-values.
 
     The area is that under the held-out curve as far as both runs went.
     """
     found = []
     for task in base:
-        for arm, other in SECONDARY:
+        for arm, other in comparisons:
             own, theirs = runs.get((task, arm, ""), {}), runs.get((task, other, ""), {})
             shared = sorted(own.keys() & theirs.keys())
             if len(shared) > 1:

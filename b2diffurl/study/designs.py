@@ -1,0 +1,109 @@
+"""What the benchmark runs: tasks, arms, budgets and comparisons, as the protocols have them, and the search's grid."""
+
+import typing
+
+LADDER = "b2diffurl.shapes.ladder:"
+
+
+class Task(typing.NamedTuple):
+    """What is to be learnt."""
+
+    reward: str  # config.reward.name
+    success: str  # the function of LADDER by which a picture counts as a success
+    lists: str  # prompts/shapes_LISTS_{train,test}.json
+    search: str  # the same for the search
+    images: int = 16  # per prompt, of an evaluation
+
+
+class Design(typing.NamedTuple):
+    """A protocol in numbers; settings are {configuration field: value}."""
+
+    folder: str  # of its protocol and results
+    tasks: dict  # {name: Task}
+    shared: dict  # settings of all arms over the preset `shapes`
+    arms: dict  # {name: settings over them}
+    budget: int  # reward queries of a run
+    less: dict  # {arm: the same where it is less}
+    search_budget: int
+    grid: dict  # what the search tries: {arm: [settings over it]}
+    comparisons: tuple  # (arm, other), by the area under the held-out curve, in every task
+    lean: str = ""  # the arm of a primary outcome of its own: at its end against RIVALS at theirs
+    rivals: tuple = ()
+    every: int = 240  # reward queries between two evaluations
+    seeds: tuple = tuple(range(401, 411))
+
+
+TASKS = {
+    "attribute": Task("clip", "right", "study", "search"),
+    "dark": Task(LADDER + "right_dark", "right_dark", "study", "search"),
+    "left": Task(LADDER + "right_left", "right_left", "study", "search"),
+}
+LEAN = {"train.step_weights": "inverse_gain", "select.credit": "group", "sample.groups": 24, "train.num_epochs": 1}
+SPARSE = Design(
+    folder="docs/benchmark",
+    tasks=TASKS,
+    shared={"train.log_prob": "sum", "train.clip_range": 0.2, "train.learning_rate": 8e-3},
+    arms={
+        "ddpo": {"method": "ddpo"},
+        "ddpo_contrast": {"method": "ddpo", "select.credit": "contrast"},
+        "ddpo_bpt": {"method": "ddpo_bpt"},
+        "ddpo_bs": {"method": "ddpo_bs", "schedule.right": 17},
+        "b2": {"method": "b2"},
+        "b2_lean": {"method": "b2", **LEAN},
+        "ddpo_lean": {"method": "ddpo", **LEAN},
+    },
+    budget=2880,
+    less=dict.fromkeys(("b2_lean", "ddpo_lean"), 1440),
+    search_budget=1440,
+    grid={
+        "b2": [{"train.learning_rate": 4e-3}, {}, {"train.step_weights": "inverse_gain"}],
+        "ddpo": [{"train.learning_rate": 4e-3}, {}],
+        "b2_lean": [
+            {}, {"train.ema_decay": 0.8}, {"train.lr_schedule": "linear"}, {"train.trajectories_per_update": 16},
+            {"schedule.untrained": 2}, {"train.num_epochs": 2}, {"train.num_epochs": 2, "train.learning_rate": 4e-3},
+            {"train.num_epochs": 2, "select.credit": "contrast", "train.trajectories_per_update": 16},
+        ],
+        "ddpo_lean": [{"train.num_epochs": 2, "train.learning_rate": 4e-3, "select.credit": "all"}],
+    },
+    comparisons=(
+        ("b2", "ddpo"), ("b2", "ddpo_contrast"), ("b2", "ddpo_bpt"), ("b2", "ddpo_bs"), ("b2_lean", "ddpo_lean"),
+    ),
+    lean="b2_lean",
+    rivals=("b2", "ddpo"),
+)  # fmt: skip
+
+FUSED = {"method": "dfusion", "sample.groups": 10}  # 160 images and 80 targets per stage
+ALONE = {"method": "ddpo", "sample.groups": 15}  # 240 images
+DPO = {"train.algorithm": "dpo", "train.log_prob": "mean", "train.dpo_beta": 1000.0}
+DPOK = {"train.algorithm": "dpok"}
+RATES = [{"train.learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3)]
+DFUSION = Design(
+    folder="docs/d-fusion",
+    tasks={
+        "attribute": TASKS["attribute"],
+        "relation": Task("clip", "right", "relation", "search", images=4),
+    },
+    shared={
+        "sample.branches": 16, "schedule.kind": "constant", "schedule.untrained": 4, "train.log_prob": "sum",
+        "train.clip_range": 0.2, "train.learning_rate": 4e-3,
+    },
+    arms={
+        "dpo": {**ALONE, **DPO, "select.credit": "ranked"},
+        "dpo_fused": {**FUSED, **DPO},
+        "ddpo": ALONE,
+        "ddpo_fused": FUSED,
+        "dpok": {**ALONE, **DPOK},
+        "dpok_fused": {**FUSED, **DPOK},
+        "dpo_fused_all": {**FUSED, **DPO, "fusion.mask": "all"},
+        "dpo_fused_from_0": {**FUSED, **DPO, "fusion.first_step": 0},
+    },
+    budget=720,
+    less={},
+    search_budget=720,
+    grid={"dpo": RATES, "dpo_fused": RATES, "ddpo": RATES, "ddpo_fused": RATES},
+    comparisons=(
+        ("dpo_fused", "dpo"), ("ddpo_fused", "ddpo"), ("dpok_fused", "dpok"), ("dpo_fused", "dpo_fused_all"),
+        ("dpo_fused", "dpo_fused_from_0"),
+    ),
+)  # fmt: skip
+DESIGNS = {"sparse": SPARSE, "dfusion": DFUSION}
