@@ -1,7 +1,7 @@
 """Every setting of a run, by preset: `--config config/stage_process.py:PRESET --config.x.y=value`.
 
 `sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size, and `shapes_flow` that with
-a flow-matching model. `sdxl`, `sd3.5` and `flux` carry it to larger models, `dfusion_sd2.1` is D-Fusion's run; nobody
+a flow-matching model; `shapes_dfusion` is D-Fusion in that world. `sdxl`, `sd3.5` and `flux` carry it to larger models, `dfusion_sd2.1` is D-Fusion's run; nobody
 has run these four yet. In brackets: the name in the authors' code, where it differs.
 """
 
@@ -12,7 +12,7 @@ def get_config(preset="sdv1.4"):
     """The ConfigDict of a preset. Raises ValueError for an unknown one."""
     presets = {
         "sdv1.4": sdv1_4, "sdxl": sdxl, "sd3.5": sd3_5, "flux": flux, "shapes": shapes, "shapes_flow": shapes_flow,
-        "dfusion_sd2.1": dfusion_sd2_1,
+        "shapes_dfusion": shapes_dfusion, "dfusion_sd2.1": dfusion_sd2_1,
     }  # fmt: skip
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r}: {', '.join(presets)}")
@@ -97,7 +97,7 @@ def sdv1_4():
     # ranked (the best quarter twice, against the worst half); "": contrast where the method branches, group for a tree,
     # all where it does not branch
 
-    config.fusion = ml_collections.ConfigDict()  # of config.method=dfusion, see docs/d-fusion.md
+    config.fusion = ml_collections.ConfigDict()  # of config.method=dfusion, see docs/d-fusion/README.md
     config.fusion.first_step = 2  # the first step that is fused, counted from 0
     config.fusion.mask = "quantile"  # of a word's attention map, what is fused: quantile (the strongest `threshold`) |
     # maximum (from `threshold` of the strongest on) | absolute (from `threshold` on: the authors') | all
@@ -199,10 +199,27 @@ def shapes_flow():
     return config.lock()
 
 
+def shapes_dfusion():
+    """D-Fusion in the embedded world: DPO of fused targets against their bases (docs/d-fusion/README.md)."""
+    config = shapes().unlock()
+    config.exp_name = "shapes_dfusion"
+    config.method = "dfusion"
+    config.schedule.kind = "constant"
+    config.schedule.stage_count = 4  # 960 reward queries, targets' among them
+    config.schedule.untrained = 4  # where the fused transition is far from the policy's, up to thousands of nats
+    config.sample.groups = 10
+    config.sample.branches = 16  # 8 pairs
+    config.train.algorithm = "dpo"
+    config.train.log_prob = "mean"
+    config.train.dpo_beta = 1000.0  # of the mean over 256 dimensions
+    config.train.learning_rate = 2e-3
+    return config.lock()
+
+
 def dfusion_sd2_1():
     """D-Fusion's run (arXiv 2505.22002). Numbers by their source: [R] the authors' release, hu-zijing/D-Fusion.
 
-    It samples and fuses and does not train; what had to be decided without a source is listed in docs/d-fusion.md.
+    It samples and fuses and does not train; what was decided without a source is listed in docs/d-fusion/README.md.
     """
     config = sdv1_4().unlock()
     config.exp_name = "dfusion_sd2.1"

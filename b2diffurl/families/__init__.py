@@ -59,7 +59,7 @@ def load_family(config):
     if METHODS[config.method].fusion and not family.fuses:
         raise UserError(
             f"config.method={config.method} needs a UNet: in {kind}, whose attention is over text and picture at once, "
-            "a fused target is a copy of its reference (docs/d-fusion.md)"
+            "a fused target is a copy of its reference (docs/d-fusion/README.md)"
         )
     if config.sample.resolution:
         family.latent_shape  # noqa: B018 - one that cannot be is refused before anything is loaded

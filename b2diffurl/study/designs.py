@@ -76,6 +76,7 @@ FUSED = {"method": "dfusion", "sample.groups": 10}  # 160 images and 80 targets 
 ALONE = {"method": "ddpo", "sample.groups": 15}  # 240 images
 DPO = {"train.algorithm": "dpo", "train.log_prob": "mean", "train.dpo_beta": 1000.0}
 DPOK = {"train.algorithm": "dpok"}
+SLOW, FAST = {"train.learning_rate": 2e-3}, {"train.learning_rate": 8e-3}
 RATES = [{"train.learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3)]
 DFUSION = Design(
     folder="docs/d-fusion",
@@ -89,13 +90,13 @@ DFUSION = Design(
     },
     arms={
         "dpo": {**ALONE, **DPO, "select.credit": "ranked"},
-        "dpo_fused": {**FUSED, **DPO},
-        "ddpo": ALONE,
-        "ddpo_fused": FUSED,
-        "dpok": {**ALONE, **DPOK},
-        "dpok_fused": {**FUSED, **DPOK},
-        "dpo_fused_all": {**FUSED, **DPO, "fusion.mask": "all"},
-        "dpo_fused_from_0": {**FUSED, **DPO, "fusion.first_step": 0},
+        "dpo_fused": {**FUSED, **DPO, **SLOW},
+        "ddpo": {**ALONE, **FAST},
+        "ddpo_fused": {**FUSED, **SLOW},
+        "dpok": {**ALONE, **DPOK, **FAST},
+        "dpok_fused": {**FUSED, **DPOK, **SLOW},
+        "dpo_fused_all": {**FUSED, **DPO, **SLOW, "fusion.mask": "all"},
+        "dpo_fused_from_0": {**FUSED, **DPO, **SLOW, "fusion.first_step": 0},
     },
     budget=720,
     less={},
