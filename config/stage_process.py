@@ -1,8 +1,9 @@
 """Every setting of a run, by preset: `--config config/stage_process.py:PRESET --config.x.y=value`.
 
 `sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size, and `shapes_flow` that with
-a flow-matching model; `shapes_dfusion` is D-Fusion in that world. `sdxl`, `sd3.5` and `flux` carry it to larger models, `dfusion_sd2.1` is D-Fusion's run; nobody
-has run these four yet. In brackets: the name in the authors' code, where it differs.
+a flow-matching model; `shapes_dfusion` is D-Fusion in that world. `sdxl`, `sd3.5` and `flux` carry it to larger
+models, `dfusion_sd2.1` is D-Fusion's run; nobody has run these four yet. In brackets: the name in the authors' code,
+where it differs.
 """
 
 import ml_collections

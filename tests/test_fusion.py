@@ -405,6 +405,7 @@ def test_interrupted_in_the_fusion_it_ends_the_same(finished, tmp_path):
         assert not (copy / "t/stage1/fused.tmp").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("elsewhere")
 def test_the_driver_runs_the_fourth_script_with_two_processes(finished, tmp_path):
     """Four scripts on two processes leave what one process does, but for rounding."""
