@@ -2,6 +2,8 @@
 
 import torch
 
+from .losses import ALGORITHMS
+
 
 class PolicyMismatch(ValueError):
     """The first pass over a stage's samples does not find the densities that sampling stored."""
@@ -46,7 +48,8 @@ def check_first_pass(statistics, policy, dimensions, train):
     """
     scale = dimensions if train.log_prob == "sum" else 1
     steps, precision = statistics["step"], precision_of(policy.denoiser)
-    log_ratios = statistics["ratio"].double().log() / scale
+    # of a value that another policy drew, as D-Fusion's targets are, the ratio moves by so much more
+    log_ratios = statistics["ratio"].double().log() / scale / statistics["residual"].clamp(min=1)
     distinct = steps.unique().tolist()
     errors = {k: prediction_error(log_ratios[steps == k], policy.kernel.gain(k), dimensions) for k in distinct}
     worst = max(errors, key=errors.get)
@@ -60,9 +63,10 @@ def check_first_pass(statistics, policy, dimensions, train):
     if clipped.mean() > MOST_CLIPPED:
         by_step = {k: clipped[steps == k].mean().item() for k in distinct}
         most = max(by_step, key=by_step.get)
+        name = "dpo_clip_range" if ALGORITHMS[train.algorithm].preference else "clip_range"
         raise PolicyMismatch(
             f"rounding alone takes {clipped.mean():.0%} of the first update's ratios beyond "
-            f"config.train.clip_range={train.clip_range:g}, {by_step[most]:.0%} at t={int(policy.kernel.time(most))}. "
+            f"config.train.{name}={getattr(train, name):g}, {by_step[most]:.0%} at t={int(policy.kernel.time(most))}. "
             "Give a larger one, or config.mixed_precision=no with config.allow_tf32=False"
         )
     return errors[worst]

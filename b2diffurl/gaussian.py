@@ -13,6 +13,14 @@ def log_prob(value, mean, sigma):
     return density.flatten(1).mean(1)
 
 
+def residual(log_prob, sigma):
+    """How far, in σ, values of such log-densities (B,) are from their mean: root mean square over the dimensions (B,).
+
+    About 1 of what the Gaussian itself drew, more of what another one did.
+    """
+    return (-2 * (log_prob + sigma.flatten(1).mean(1).log() + 0.5 * math.log(2 * math.pi))).clamp(min=0).sqrt()
+
+
 def kl(mean, other_mean, sigma):
     """KL(N(mean, σ²) || N(other_mean, σ²)) = (mean - other_mean)² / 2σ² -> (B,).
 

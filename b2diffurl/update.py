@@ -125,6 +125,8 @@ def losses_of(policy, experience, chosen, train):
         rival = (log_prob - old)[count:]
     terms = Terms(log_prob[:count], old[:count], advantage, rival, kl, base)
     loss, statistics = ALGORITHMS[train.algorithm].loss(terms, train)
+    away = gaussian.residual((log_prob / dimensions).detach(), sigma)
+    statistics["residual"] = away[:count].maximum(away[count:]) if experience.rival is not None else away
     return loss if experience.weight is None else loss * experience.weight[chosen], statistics, states
 
 
@@ -204,7 +206,7 @@ def train_updates(learner, experience, train, generator, on_update):
         optimizer.zero_grad()
         if learner.average:
             learner.average.step()
-        del statistics["step"]
+        del statistics["step"], statistics["residual"]
         on_update(statistics, norm.item())
     return asked
 

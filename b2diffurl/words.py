@@ -26,7 +26,7 @@ def content_tokens(prompt, spans):
 
     spans: (first, last) characters of each token in the prompt; the same twice for what is no part of it.
     """
-    words = [(w.start(), w.end()) for w in re.finditer(r"[^\W_]+", prompt) if w[0].lower() not in STOP_WORDS]
+    words = [(w.start(), w.end()) for w in re.finditer(r"(?<!['’])\b[^\W_]+", prompt) if w[0].lower() not in STOP_WORDS]
     return [
         place
         for place, (first, last) in enumerate(spans)
@@ -49,16 +49,26 @@ def thresholds(prompt, spans, given, threshold):
             raise UserError(
                 f'prompt {prompt!r}: no content word in what the model reads of it; give its "positions" in a .jsonl'
             )
-    elif not (isinstance(positions, list) and positions and all(p in range(len(own)) for p in positions)):
+    elif not (isinstance(positions, list) and positions and all(_is_place(p, len(own)) for p in positions)):
         raise UserError(
             f'prompt {prompt!r}: "positions" must be a list of numbers from 0 to {len(own) - 1}, its tokens'
         )
     else:
         places = [own[position] for position in positions]
     levels = given.get("thresholds", [threshold] * len(places))
-    if not isinstance(levels, list) or len(levels) != len(places):
-        raise UserError(f'prompt {prompt!r}: "thresholds" must be a list of {len(places)} numbers, one for each token')
+    if not isinstance(levels, list) or len(levels) != len(places) or not all(map(_is_level, levels)):
+        raise UserError(
+            f'prompt {prompt!r}: "thresholds" must be a list of {len(places)} numbers in [0, 1], one for each token'
+        )
     row = [math.nan] * len(spans)
     for place, level in zip(places, levels, strict=True):
         row[place] = float(level)
     return row
+
+
+def _is_place(value, count):
+    return type(value) is int and 0 <= value < count
+
+
+def _is_level(value):
+    return type(value) in (int, float) and 0 <= value <= 1

@@ -240,6 +240,7 @@ def dfusion_sd2_1():
     config.train.dpo_beta = 0.1  # D3PO's code
     config.train.dpo_clip_range = 0.1  # [R] eps
     config.train.trajectories_per_update = 640  # [R] all pairs of an epoch, 320
+    config.train.accumulate_over = "epoch"  # fewer pairs make an update too
     config.train.num_epochs = 2  # [R] num_inner_epochs; also learning rate, AdamW and norm as in sdv1.4
     return config.lock()
 

@@ -17,10 +17,10 @@ def test_every_job_can_be_configured(tmp_path, design):
     jobs = benchmark.benchmark_jobs(design.tasks, design.arms, design.seeds)
     jobs += benchmark.search_jobs(design.tasks, design.grid)
     assert len(jobs) == len(set(jobs))
-    seeds = {job.seed for job in jobs[: len(design.tasks) * len(design.arms)]}
-    assert seeds == {design.seeds[0]}
-    names = set()
-    for job in jobs[:: len(design.tasks)]:
+    first = jobs[: len(design.tasks) * len(design.arms)]
+    assert {job.seed for job in first} == {design.seeds[0]}
+    names, seen = set(), [*first, *(job for job in jobs if job.seed == benchmark.SEARCH_SEED)]
+    for job in seen:
         config = benchmark.configure(job, tmp_path, design)
         names.add(config.exp_name)
         per_stage = benchmark.queries(config)
@@ -29,7 +29,7 @@ def test_every_job_can_be_configured(tmp_path, design):
         assert design.every % per_stage == 0
         assert getattr(ladder, design.tasks[job.task].success)
         assert ("search" in config.prompts.test) == (job.seed == benchmark.SEARCH_SEED)
-    assert len(names) == len(jobs[:: len(design.tasks)])
+    assert len(names) == len(seen)
     assert {arm for pair in design.comparisons for arm in pair} <= design.arms.keys()
     assert design.grid.keys() <= design.arms.keys()
 

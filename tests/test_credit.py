@@ -9,6 +9,7 @@ from b2diffurl.credit import RULES, assign, rule_of, weigh
 from b2diffurl.errors import UserError
 from b2diffurl.plan import Plan, stage_plan
 from b2diffurl.run.command import parse
+from b2diffurl.selection import select_pairs
 
 GROUPS = 7
 FORKS = "((6, 2), (10, 2), (14, 2))"
@@ -170,3 +171,15 @@ def test_a_trees_nodes_are_normalised_within_their_level_by_default():
     assert credit.sample.max() + 1 == (GROUPS - 1) * (2 + 4 + 8)
     config.train.algorithm = "dpo"
     assert rule_of(config) == "contrast"
+
+
+def test_preferences_of_ranked_images_are_references_against_their_bases():
+    config = configure("train.algorithm=dpo", "select.credit=ranked", "method=ddpo", "sample.branches=8")
+    plan, normalised = stage_plan(config), rewards(8)
+    credit, _ = assign(plan, normalised, config)
+    steps = len(plan.transitions.step) // 8
+    found = zip(credit.row[::steps] // steps, credit.rival[::steps] // steps, strict=True)
+    assert [(int(best), int(worst)) for best, worst in found] == [
+        (8 * group + best, 8 * group + worst) for group, best, worst in select_pairs(normalised)
+    ]
+    assert credit.sample.tolist() == [number for number in range(credit.sample.max() + 1) for _ in range(steps)]

@@ -21,6 +21,7 @@ from b2diffurl.errors import UserError
 from b2diffurl.families import load_family, lora
 from b2diffurl.families.sd import StableDiffusion
 from b2diffurl.models import Models
+from b2diffurl.report import fused as report
 from b2diffurl.run.command import parse
 from b2diffurl.selection import select_pairs
 from b2diffurl.shapes import oracle
@@ -207,6 +208,7 @@ def test_looked_at_is_a_quarter_of_the_side_and_fused_from_the_middle_up():
 def test_words_are_what_is_no_stop_word():
     spans = [(0, 0), (0, 1), (2, 5), (6, 9), (9, 13), (14, 16), (17, 18), (19, 25), (25, 26), (0, 0)]
     assert content_tokens("a Red catfish on a bridge.", spans) == [2, 3, 4, 7]
+    assert content_tokens("the dog's", [(0, 3), (4, 7), (7, 8), (8, 9)]) == [1]
     row = thresholds("a Red catfish on a bridge.", spans, {}, 0.5)
     assert [place for place, own in enumerate(row) if own == 0.5] == [2, 3, 4, 7]
     assert sum(map(math.isnan, row)) == 6
@@ -224,6 +226,11 @@ def test_words_are_what_is_no_stop_word():
         ("a cat", {"positions": 1}, "from 0 to 1"),
         ("a cat", {"positions": [1], "thresholds": [0.1, 0.2]}, "a list of 1 numbers"),
         ("a cat", {"thresholds": 0.1}, "a list of 1 numbers"),
+        ("a cat", {"thresholds": ["x"]}, "a list of 1 numbers"),
+        ("a cat", {"thresholds": [NAN]}, r"in \[0, 1\]"),
+        ("a cat", {"thresholds": [5]}, r"in \[0, 1\]"),
+        ("a cat", {"positions": [1.0]}, "from 0 to 1"),
+        ("a cat", {"positions": [True]}, "from 0 to 1"),
     ],
 )
 def test_words_that_cannot_be_are_one_line(prompt, given, message):
@@ -341,6 +348,24 @@ def test_targets_are_their_bases_until_the_fusion_and_have_the_plain_policys_den
 
 
 @pytest.mark.usefixtures("elsewhere")
+def test_the_report_shows_each_prompts_pair(finished):
+    stage = finished / "t/stage0"
+    rows, shown = rows_of(stage), report.strip(stage, 0)["pairs"]
+    assert [pair["prompt"] for pair in shown] == list(dict.fromkeys(row["prompt"] for row in rows))
+    first = rows[0]
+    assert [tile["value"] for tile in shown[0]["tiles"]] == [
+        first["reference_reward"], first["base_reward"], first["reward"], first["mask_share"],
+    ]  # fmt: skip
+    sheet = np.asarray(report.draw(stage))
+    for number, path in enumerate(
+        (f"images/{first['reference']}", f"images/{first['base']}", f"fused/{first['target']}")
+    ):
+        left = report.LABEL + number * (report.TILE + 4)
+        tile = sheet[report.HEAD : report.HEAD + report.TILE, left : left + report.TILE]
+        assert np.array_equal(tile[1::3, 1::3], np.asarray(Image.open(stage / path)))  # 32 pixels drawn as 96
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_credit_is_the_targets_and_then_its_bases_worth(finished):
     stage = finished / "t/stage0"
     stored, rows = load_file(stage / "selected.safetensors"), rows_of(stage)
@@ -433,7 +458,8 @@ def test_the_driver_runs_the_fourth_script_with_two_processes(finished, tmp_path
 def test_fusion_out_of_place_is_one_line(finished, tmp_path):
     for flag, message in (
         ("sample.branches=3", "must be at least 4"), ("select.credit=all", "trains on its pairs"),
-        ("fusion.first_step=6", r"must be in 0\.\.5"), ("fusion.threshold=1.5", "at most 1"),
+        ("fusion.first_step=5", r"must be in 0\.\.4"), ("train.algorithm=ddpo_sf", "the policy itself drew"),
+        ("fusion.threshold=1.5", "at most 1"),
         ("fusion.mask=some", "must be one of quantile"), ("train.dpo_clip_range=1", r"must be in \[0, 1\)"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
@@ -454,7 +480,7 @@ def test_fusion_out_of_place_is_one_line(finished, tmp_path):
     with pytest.raises(UserError, match=r"scores\.json is missing: run run_select\.py"):
         fuse.main(config)
     select.main(config)
-    with pytest.raises(UserError, match=r"selected\.safetensors is missing|fused\.json is missing: run run_fuse\.py"):
+    with pytest.raises(UserError, match=r"selected\.safetensors is missing: run run_fuse\.py"):
         train.main(config)
 
 
@@ -469,6 +495,16 @@ def test_sdxl_fuses_in_half_precision_too(tmp_path):
     assert line["fuse/distance"] > 0
     assert "fuse/target_oracle" not in line
     assert records(tmp_path, "train")[0]["train/updates"] > 0
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_all_steps_train_in_half_precision(tmp_path):
+    """The last step's targets lie many σ off the plain policy's means; the first pass knows, and is not misled."""
+    more = ("mixed_precision=bf16", "schedule.untrained=0", "train.algorithm=dpo", "schedule.kind=constant")
+    run_stage(configure(tmp_path, 0, *more))
+    (line,) = records(tmp_path, "train")
+    assert line["train/updates"] > 0
+    assert line["policy/prediction_error"] < 0.5
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -491,6 +527,7 @@ def test_a_later_stage_in_which_nothing_is_better_trains_on_nothing(finished, tm
     (copy / "t/config.json").write_text(json.dumps({**stored, "reward.name": "ones:reward"}))
     run_stage(configure(copy, 1, "reward.name=ones:reward"))
     assert rows_of(copy / "t/stage1") == []
+    assert report.strip(copy / "t/stage1", 1) is None
     assert records(copy, "fuse")[1]["fuse/targets"] == records(copy, "train")[1]["train/updates"] == 0
     last = "checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
     before, after = (load_file(copy / f"t/stage{number}" / last) for number in (0, 1))

@@ -104,7 +104,7 @@ def check(log_ratios, steps, config, scheduler):
     denoiser = types.SimpleNamespace(dtype=dtype, device=torch.device("cpu"))
     policy = types.SimpleNamespace(denoiser=denoiser, kernel=DDIM(scheduler, 1.0))
     old, ones = torch.zeros_like(log_ratios), torch.ones_like(log_ratios)
-    statistics = {"step": steps, **ddpo_is(log_ratios, old, ones, train.clip_range)[1]}
+    statistics = {"step": steps, "residual": ones, **ddpo_is(log_ratios, old, ones, train.clip_range)[1]}
     return first_pass.check_first_pass(statistics, policy, 256, train)
 
 

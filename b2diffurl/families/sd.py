@@ -90,12 +90,15 @@ class StableDiffusion:
         dtype = torch.bfloat16 if self.config.mixed_precision == "fp16" else None
         return load_frozen(AutoencoderKL, self.config, "vae", dtype)
 
-    def token_spans(self, prompt):
-        """The characters (first, last) of the prompt that each text token stands for; the same twice where for none."""
+    @functools.cached_property
+    def _tokenizer(self):
         from transformers import CLIPTokenizer
 
-        tokenizer = load(CLIPTokenizer, self.config, "tokenizer")
-        given = tokenizer(prompt, padding="max_length", truncation=True, return_offsets_mapping=True)
+        return load(CLIPTokenizer, self.config, "tokenizer")
+
+    def token_spans(self, prompt):
+        """The characters (first, last) of the prompt that each text token stands for; the same twice where for none."""
+        given = self._tokenizer(prompt, padding="max_length", truncation=True, return_offsets_mapping=True)
         return [tuple(span) for span in given["offset_mapping"]]
 
     def _encoders(self):

@@ -35,7 +35,7 @@ def strip(folder, stage):
         }
         for row in firsts(folder)
     ]
-    return {"stage": stage, "pairs": shown}
+    return {"stage": stage, "pairs": shown} if shown else None
 
 
 def firsts(folder):

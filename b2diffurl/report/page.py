@@ -97,7 +97,7 @@ def status(folder, records):
 
 def charts(records):
     """[{title, says, image}] of every chart that has data; the last one is the time by step."""
-    queries = {r["stage"]: r["reward/queries"] for r in records if "reward/queries" in r}
+    queries = {r["stage"]: r["reward/queries"] for r in records if r["step"] == "select"}
     drawn = []
     for title, says, step, figures, against in CHARTS:
         series = {}

@@ -201,11 +201,15 @@ def _check_forks(config):
 def _check_fusion(config):
     if not METHODS[config.method].fusion:
         return
-    own, branches, steps = config.fusion, config.sample.branches, config.sample.num_steps
+    own, branches = config.fusion, config.sample.branches
+    steps, algorithm = config.sample.num_steps - config.schedule.untrained, config.train.algorithm
     _require(branches >= 4, "sample.branches", branches, "must be at least 4: the best quarter are references")
     _require(config.select.credit == "", "select.credit", config.select.credit,
              f"must be '': config.method={config.method} trains on its pairs")  # fmt: skip
-    _require(own.first_step < steps, "fusion.first_step", own.first_step, f"must be in 0..{steps - 1}")
+    _require(own.first_step < steps, "fusion.first_step", own.first_step,
+             f"must be in 0..{steps - 1}, or target and base do not differ where they are trained on")  # fmt: skip
+    _require(not ALGORITHMS[algorithm].on_policy, "train.algorithm", algorithm,
+             f"needs what the policy itself drew, and config.method={config.method} makes targets")  # fmt: skip
     _require(own.threshold <= 1, "fusion.threshold", own.threshold, "must be at most 1")
 
 

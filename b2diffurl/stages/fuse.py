@@ -73,8 +73,7 @@ def main(config, started=None, loaded=None):
         storage.write_json(run.stage / "fused.json", {"targets": table, "kl": kl})  # last: the step is complete
         track(config, "fuse", values, log)
         log.info(f"stage {config.stage} fuse: {_summary(values)}")
-        if pairs:
-            _warn(config, values["fuse/mask_share"], log)
+        _warn(config, tensors["mask_share"].numpy(), log)
 
     processes.agree(conclude)
 
@@ -83,9 +82,10 @@ def _make(config, run, policy, pairs, given, folder):
     """make_targets of every process's own share of the pairs, joined; given: Conditioning and thresholds of all."""
     plan, (cond, words), tensors = stage_plan(config), given, {}
     share = processes.share(len(pairs))
-    images = [place(config, row) for own in pairs[share] for row in own]
-    stored = read_images(run.stage / "samples.safetensors", plan, images)
-    mine = Pairs(pairs[share], {name: own[share] for name, own in cond.items()}, words[share], stored)
+    references, bases = ([place(config, own[side]) for own in pairs[share]] for side in (0, 1))
+    path = run.stage / "samples.safetensors"
+    stored = read_images(path, plan, references, whole=False), read_images(path, plan, bases)
+    mine = Pairs(pairs[share], {name: own[share] for name, own in cond.items()}, words[share], *stored)
 
     def work():
         with policy.together():
@@ -109,23 +109,20 @@ def _score(config, run, pairs, reward):
     images, prompts = run.stage / "images", [base["prompt"] for _, base in pairs]
 
     def compare(targets, share):
-        others = [[read_picture(images / own["image"]) for own in side] for side in zip(*pairs[share], strict=True)]
-        right = [verdicts(side, prompts[share]) if config.evaluate.oracle else None for side in others]
-        references, bases, targets = (
-            [np.asarray(i, dtype=np.float32) / 255 for i in own] for own in (*others, targets)
-        )
-        away = [
-            [((own - base) ** 2).mean() ** 0.5 for own, base in zip(side, bases, strict=True)]
-            for side in (targets, references)
-        ]
-        return np.array(away).T, right
+        away, right = [], []
+        for target, prompt, pair in zip(targets, prompts[share], pairs[share], strict=True):
+            reference, base = (read_picture(images / own["image"]) for own in pair)
+            right.append(verdicts([reference, base], [prompt] * 2) if config.evaluate.oracle else None)
+            target, reference, base = (np.asarray(own, dtype=np.float32) / 255 for own in (target, reference, base))
+            away.append([((own - base) ** 2).mean() ** 0.5 for own in (target, reference)])
+        return np.array(away), right
 
     paths = [run.stage / "fused" / base["image"] for _, base in pairs]
     raw, _, right, found = score(config, reward, paths, prompts, compare)
     verdict = {}
     if right is not None:
-        sides = (np.concatenate([own[side] for _, own in found]) for side in (0, 1))
-        verdict = {**dict(zip(("reference", "base"), sides, strict=True)), "target": right}
+        reference, base = np.concatenate([own for _, own in found]).T
+        verdict = {"reference": reference, "base": base, "target": right}
     return raw, verdict, np.concatenate([away for away, _ in found])
 
 
@@ -185,11 +182,12 @@ def _summary(values):
     )
 
 
-def _warn(config, share, log):
-    """Say in the log where masks cover nothing or everything, unless everything is what was asked for."""
-    if config.fusion.mask != "all" and not NOTHING < share < EVERYTHING:
-        what = "nothing" if share < 0.5 else "everything"
-        log.warning(
-            f"stage {config.stage} fuse: the masks cover {what} ({share:.1%} of the pictures): "
-            f"change config.fusion.threshold={config.fusion.threshold:g}"
-        )
+def _warn(config, shares, log):
+    """Say in the log where most masks (N,) cover nothing, or everything and that is not what was asked for."""
+    empty, full = (shares < NOTHING).mean() if len(shares) else 0, (shares > EVERYTHING).mean() if len(shares) else 0
+    for share, what in ((empty, "nothing"), (full * (config.fusion.mask != "all"), "everything")):
+        if share > 0.5:
+            log.warning(
+                f"stage {config.stage} fuse: {share:.0%} of the masks cover {what} ({shares.mean():.1%} of the "
+                f"pictures): change config.fusion.threshold={config.fusion.threshold:g}"
+            )

@@ -50,7 +50,8 @@ class Pairs(typing.NamedTuple):
     rows: list  # [(reference, base)], rows of scores.json
     cond: dict  # Conditioning (n, ...)
     words: torch.Tensor  # (n, L) of word_thresholds
-    stored: dict  # states and log_prob of reference, base, reference, base, …: (2 n, ...), of read_images
+    references: dict  # of read_images: their first states
+    bases: dict  # of read_images
 
 
 def make_targets(config, policy, pairs, folder):
@@ -63,20 +64,20 @@ def make_targets(config, policy, pairs, folder):
     steps, trained = range(plan.start, plan.steps), plan.stored(1)
     interval = steps, max(plan.start, config.fusion.first_step)
     for chunk in torch.arange(len(pairs.rows)).split(max(1, config.sample.batch_size // 2)):
-        rows, sides = [pairs.rows[i] for i in chunk.tolist()], [2 * chunk, 2 * chunk + 1]
+        rows = [pairs.rows[i] for i in chunk.tolist()]
         fused = fusion.Fusion(policy.family, policy.denoiser, pairs.words[chunk].to(policy.device), config.fusion.mask)
         noise = [_noise(policy, own, len(steps)) for own in zip(*rows, strict=True)]
-        first = [pairs.stored["states"][side, 0].to(policy.device, policy.latent_dtype) for side in sides]
+        first = [own["states"][chunk, 0].to(policy.device) for own in (pairs.references, pairs.bases)]
         cond = to_device(take(pairs.cond, chunk), policy.device)
         states, log_prob, kl, mask = fusion.denoise(policy, fused, first, noise, cond, interval)
         if not torch.isfinite(states[-1]).all():
             raise UserError(f"stage {config.stage}: the targets' latents are not finite; nothing was written")
         _write_pictures(policy.family.decode(states[-1]).cpu().numpy(), mask.cpu().numpy(), rows, folder)
-        base, target = pairs.stored["states"][sides[1]], torch.stack(states[1 : trained + 1], 1).cpu()
+        base, target = pairs.bases["states"][chunk], torch.stack(states[1 : trained + 1], 1).cpu()
         log_prob = torch.stack(log_prob[:trained], 1).cpu()
         own = {
             "states": torch.cat([base[:, :1], base[:, :1], base[:, 1:], target], 1),
-            "log_prob": torch.cat([pairs.stored["log_prob"][sides[1]], log_prob], 1),
+            "log_prob": torch.cat([pairs.bases["log_prob"][chunk], log_prob], 1),
             "kl": torch.stack(kl, 1).cpu() * target[0, 0].numel(),
             "mask_share": mask.mean(1).cpu(),
         }

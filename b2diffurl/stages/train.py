@@ -81,14 +81,16 @@ def main(config, started=None, loaded=None):
 
 def _credit(config, run):
     """The stage's Credit, {name: tensor}. Raises UserError where it is missing, broken or another run's."""
-    scores = storage.read_json(run.stage / "scores.json", "run_select.py")["scores"]
     path = run.stage / "selected.safetensors"
+    if METHODS[config.method].fusion:
+        return read_credit(path, "run_fuse.py")
+    scores = storage.read_json(run.stage / "scores.json", "run_select.py")["scores"]
     stored = storage.read_tensors(path, "run_select.py")
     if stored.keys() == {"index", "normalised"}:  # of a run from before there was a Credit
         normalised = np.array([row["normalised"] for row in scores]).reshape(-1, config.sample.branches)
         credit = assign(stage_plan(config), normalised, config)[0]
         return as_tensors(credit if len(stored["index"]) else credit.none())
-    return read_credit(path)
+    return read_credit(path, "run_select.py")
 
 
 def _rollout(config, run):

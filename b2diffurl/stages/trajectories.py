@@ -16,7 +16,7 @@ FOREIGN = "holds files of another run: delete it and run all steps of the stage 
 
 
 def write_rollout(path, rollout, cond, negative):
-    """Write samples.safetensors: a Rollout, the Conditioning of its prompts, and that of the empty one."""
+    """Write samples.safetensors or fused.safetensors: a Rollout, its prompts' Conditioning, and the empty one's."""
     named = {f"cond.{name}": tensor for name, tensor in cond.items()}
     named |= {f"negative.{name}": tensor for name, tensor in negative.items()}
     storage.write_tensors(path, vars(rollout) | named)
@@ -32,9 +32,9 @@ def as_tensors(credit):
     return {name: torch.from_numpy(array) for name, array in vars(credit).items() if array is not None}
 
 
-def read_credit(path):
-    """What write_credit wrote: {name: tensor}. Raises UserError for a file of another kind."""
-    stored = storage.read_tensors(path, "run_select.py")
+def read_credit(path, step):
+    """What write_credit wrote in run_select.py or run_fuse.py: {name: tensor}. UserError for a file of another kind."""
+    stored = storage.read_tensors(path, step)
     if stored.keys() - {"rival"} != {"row", "advantage", "sample"}:
         raise UserError(f"{path.parent} {FOREIGN}")
     return stored
@@ -56,7 +56,8 @@ def read_experience(path, plan, groups, credit):
             states_of = torch.cat([table["before"][rows], table["after"][rows]]).unique()
             latents = torch.cat([states[:0], *(states[i : i + 1] for i in states_of.tolist())])
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run run_sample.py on this stage first") from None
+        step = {"fused.safetensors": "run_fuse.py"}.get(path.name, "run_sample.py")
+        raise UserError(f"{path} is missing: run {step} on this stage first") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
     own = {name: tensor[rows] for name, tensor in table.items()}
@@ -66,24 +67,21 @@ def read_experience(path, plan, groups, credit):
     return Experience(rollout, prompts[0], **{**credit, **places}), prompts[1]
 
 
-def read_images(path, plan, images):
+def read_images(path, plan, images, whole=True):
     """Of some images of a plan without branches, by number in the stage: {"states", "log_prob"}, (n, ...) each.
 
-    States from the interval's start to the last that is trained on; only theirs are read. UserError as in
-    read_experience.
+    States from the interval's start to the last that is trained on, or without whole the first alone; only theirs are
+    read. UserError as in read_experience.
     """
-    roots, stored = plan.roots, plan.stored(1)
-    of_group = [(number // roots * plan.states, number // roots * roots, number % roots) for number in images]
+    roots, stored, found = plan.roots, plan.stored(1), {"states": [], "log_prob": []}
     try:
         with safe_open(path, framework="pt") as file:
             states, log_prob = file.get_slice("states"), file.get_slice("log_prob")
-            found = {"states": [], "log_prob": []}
-            for group, first, root in of_group:
-                path_of = group + roots + root * stored
-                found["states"].append(
-                    torch.cat([states[group + root : group + root + 1], states[path_of : path_of + stored]])
-                )
-                row = (first + root) * stored
+            for group, root in (divmod(number, roots) for number in images):
+                first, row = group * plan.states, (group * roots + root) * stored
+                path_of = first + roots + root * stored
+                after = [states[path_of : path_of + stored]] if whole else []
+                found["states"].append(torch.cat([states[first + root : first + root + 1], *after]))
                 found["log_prob"].append(log_prob[row : row + stored])
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run run_sample.py on this stage first") from None
