@@ -98,13 +98,17 @@ def test_the_rounding_of_a_stored_log_probability_is_no_error_of_the_prediction(
     assert first_pass.prediction_error(3e-6 * torch.ones(9), gain=0.8, dimensions=16384) > 1e-4
 
 
-def check(log_ratios, steps, config, scheduler):
+def check(log_ratios, steps, config, scheduler, residual=None):
     """check_first_pass of log-ratios (n,) at the steps (n,), of a denoiser in config's precision."""
     train, dtype = config.train, DTYPES[config.mixed_precision]
     denoiser = types.SimpleNamespace(dtype=dtype, device=torch.device("cpu"))
     policy = types.SimpleNamespace(denoiser=denoiser, kernel=DDIM(scheduler, 1.0))
     old, ones = torch.zeros_like(log_ratios), torch.ones_like(log_ratios)
-    statistics = {"step": steps, "residual": ones, **ddpo_is(log_ratios, old, ones, train.clip_range)[1]}
+    statistics = {
+        "step": steps,
+        "residual": ones if residual is None else residual,
+        **ddpo_is(log_ratios, old, ones, train.clip_range)[1],
+    }
     return first_pass.check_first_pass(statistics, policy, 256, train)
 
 
@@ -132,3 +136,19 @@ def test_log_prob_sum_is_judged_by_the_same_prediction(scheduler):
         config = configure(f"train.log_prob={reduction}")
         errors.append(check(log_ratios * scale, steps, config, scheduler))
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+def test_a_value_that_another_policy_drew_does_not_pass_for_an_error(scheduler):
+    """D-Fusion's targets lie many σ off the mean, and the ratio moves by so much more; simulated in float64."""
+    config = configure("train.algorithm=ddpo_is", "train.log_prob=mean", "train.clip_range=0.5")
+    kernel, step, error, away = DDIM(scheduler, 1.0), 18, 5e-5, 5.0
+    generator = torch.Generator().manual_seed(0)
+    residual = away * torch.randn(400, 256, generator=generator, dtype=torch.float64)
+    moved = residual + kernel.gain(step) * error * torch.randn(400, 256, generator=generator, dtype=torch.float64)
+    found = gaussian.residual(gaussian.log_prob(residual.float(), 0.0, torch.ones(400, 1)), torch.ones(400, 1))
+    torch.testing.assert_close(found, residual.square().mean(1).sqrt().float(), rtol=1e-4, atol=1e-4)
+    ratios = ((residual**2 - moved**2) / 2).mean(1)
+    steps = torch.full((400,), step)
+    assert check(ratios, steps, config, scheduler, found) == pytest.approx(error, rel=0.15)
+    with pytest.raises(first_pass.PolicyMismatch):  # as if the policy itself had drawn them
+        check(ratios, steps, config, scheduler)
