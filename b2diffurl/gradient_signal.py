@@ -15,28 +15,27 @@ import pathlib
 import torch
 
 from .errors import UserError
-from .losses import ALGORITHMS
 from .models import Models
-from .plan import stage_plan
 from .run import storage
 from .run.command import run_main
 from .run.folder import Run
-from .stages.trajectories import read_credit, read_experience
+from .stages.train import credit_of, rollout_of
+from .stages.trajectories import read_experience
 from .step_weights import KINDS, step_weights
-from .update import loss_scale, losses_of, pretrained_means
+from .update import ask_pretrained, loss_scale, losses_of
 
 
 def main(config, out):
     """Print the table of config.stage and write it; raises UserError where the stage was not selected."""
-    run, plan = Run(config), stage_plan(config)
-    credit = read_credit(run.stage / "selected.safetensors")
+    run = Run(config)
+    credit = credit_of(config, run)
     if not len(credit["row"]):
         raise UserError(f"stage {config.stage} of {run.folder}: nothing was selected, so there is no gradient")
-    experience, negative = read_experience(run.stage / "samples.safetensors", plan, config.sample.groups, credit)
+    path, plan, groups = rollout_of(config, run)
+    experience, negative = read_experience(path, plan, groups, credit)
     policy, parameters = Models(config).trainable(run.require_previous(), negative)
     half, experience = credit["row"] // len(plan.transitions.step) % 2, experience.to(policy.device)
-    if ALGORITHMS[config.train.algorithm].pretrained:
-        experience.pretrained_mean, _ = pretrained_means(policy, experience, config.train.batch_size)
+    ask_pretrained(policy, experience, config.train)
     found = gradients(policy, parameters, experience, half, config.train)
     table = summary(found, {step: policy.kernel.gain(step) for step in found})
     out = pathlib.Path(out)

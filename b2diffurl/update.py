@@ -12,7 +12,7 @@ from .average import Average
 from .experience import rows_of
 from .first_pass import check_first_pass
 from .guidance import take
-from .losses import ALGORITHMS, Terms
+from .losses import ALGORITHMS, Terms, refers_to_base
 from .policy import Policy
 from .run import processes
 
@@ -101,6 +101,18 @@ def pretrained_means(policy, experience, batch_size):
             asked += evaluated
     processes.sum_([means])
     return means, sum(processes.gather(asked))
+
+
+def ask_pretrained(policy, experience, train):
+    """Put the base model's means into the experience, where the algorithm needs them -> how many states it asked."""
+    asked = 0
+    if ALGORITHMS[train.algorithm].pretrained or refers_to_base(train):
+        experience.pretrained_mean, asked = pretrained_means(policy, experience, train.batch_size)
+    if refers_to_base(train):
+        losers = dataclasses.replace(experience, row=experience.rival, rival=None)
+        experience.rival_pretrained_mean, more = pretrained_means(policy, losers, train.batch_size)
+        asked += more
+    return asked
 
 
 def losses_of(policy, experience, chosen, train):

@@ -103,6 +103,7 @@ def test_a_stages_plan_by_method():
     assert found == {
         "b2": Plan(20, 6, 1, ((6, 5),)), "ddpo_bpt": Plan(20, 6, 5, ((6, 1),)),
         "ddpo_bs": Plan(20, 0, 1, ((0, 5),)), "ddpo": Plan(20, 0, 5, ((0, 1),)),
+        "dfusion": Plan(20, 6, 5, ((6, 1),)),
     }  # fmt: skip
 
 

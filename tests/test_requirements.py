@@ -62,7 +62,7 @@ def test_one_command_runs_the_others(arguments):
 def test_one_command_says_what_it_knows(tmp_path):
     run = {"capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run([sys.executable, "-m", "b2diffurl", "paint"], cwd=ROOT, **run)
-    assert re.search("usage: b2diffurl COMMAND .*process, sample, select, train", done.stderr)
+    assert re.search("usage: b2diffurl COMMAND .*process, sample, select, fuse, train", done.stderr)
     elsewhere = subprocess.run(
         [sys.executable, "-c", "import sys; sys.argv[1:] = ['report']; from b2diffurl.__main__ import main; main()"],
         cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, **run,

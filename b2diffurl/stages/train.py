@@ -1,6 +1,5 @@
 """Step 3 of a stage: update the LoRA on the current interval with the selected trajectories."""
 
-import dataclasses
 import hashlib
 import json
 import time
@@ -16,7 +15,6 @@ from ..experience import weighted
 from ..families import lora
 from ..families.loading import revision
 from ..first_pass import PolicyMismatch
-from ..losses import ALGORITHMS, refers_to_base
 from ..models import Models
 from ..noise import stream_seed
 from ..plan import METHODS, pair_plan, stage_plan
@@ -24,7 +22,7 @@ from ..report import curves
 from ..run import metrics, processes, storage
 from ..run.folder import flat, prune, that_matter
 from ..run.tracking import track
-from ..update import Learner, build_optimizer, count_updates, pretrained_means, train_updates
+from ..update import Learner, ask_pretrained, build_optimizer, count_updates, train_updates
 from ..value import Baseline
 from .begin import begin
 from .trajectories import as_tensors, read_credit, read_experience
@@ -47,8 +45,8 @@ def main(config, started=None, loaded=None):
     if not opened:
         return
     run, log = opened
-    credit, before = _credit(config, run), run.require_previous()
-    experience, negative = read_experience(*_rollout(config, run), credit)
+    credit, before = credit_of(config, run), run.require_previous()
+    experience, negative = read_experience(*rollout_of(config, run), credit)
     loaded = loaded or Models(config)
     learner = _resume(config, *loaded.trainable(before, negative), before)
     baseline = Baseline(config, learner.policy) if config.train.value_baseline else None
@@ -79,7 +77,7 @@ def main(config, started=None, loaded=None):
     log.info(f"stage {config.stage} train: {_summary(config, values, experience.samples)}; {left} to the evaluation")
 
 
-def _credit(config, run):
+def credit_of(config, run):
     """The stage's Credit, {name: tensor}. Raises UserError where it is missing, broken or another run's."""
     path = run.stage / "selected.safetensors"
     if METHODS[config.method].fusion:
@@ -93,7 +91,7 @@ def _credit(config, run):
     return read_credit(path, "run_select.py")
 
 
-def _rollout(config, run):
+def rollout_of(config, run):
     """What the stage trains on: the file, the plan of its groups, and how many they are."""
     plan = stage_plan(config)
     if not METHODS[config.method].fusion:
@@ -126,16 +124,11 @@ def _train(config, learner, experience, baseline):
     planned, total = {f"train/updates_by_{unit}": n for unit, n in counts.items()}, counts[train.accumulate_over]
     if not total:
         return {**NO_UPDATE, **planned}
-    began, updates, asked_base = time.perf_counter(), [], 0
+    began, updates = time.perf_counter(), []
     before = [parameter.detach().clone() for parameter in learner.parameters]
     experience = weighted(experience, policy.kernel.gain, train.step_weights)
-    if ALGORITHMS[train.algorithm].pretrained or refers_to_base(train):
-        experience.pretrained_mean, asked_base = pretrained_means(policy, experience, train.batch_size)
-        experience.baseline = baseline.of(experience) if baseline else None
-    if refers_to_base(train):
-        losers = dataclasses.replace(experience, row=experience.rival, rival=None)
-        experience.rival_pretrained_mean, asked = pretrained_means(policy, losers, train.batch_size)
-        asked_base += asked
+    asked_base = ask_pretrained(policy, experience, train)
+    experience.baseline = baseline.of(experience) if baseline else None
     generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
     with tqdm(total=total, desc=f"stage {config.stage} train", unit="update", leave=False, disable=None) as bar:
 
