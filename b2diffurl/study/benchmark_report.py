@@ -14,7 +14,7 @@ AXES = {"queries": "reward queries", "forwards": "forward passes (training one t
 def write(out, rows, base, design):
     """Write both into the folder `out`; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
     runs = runs_of(rows)
-    lines = [*table(runs, base), "", *primary(runs, design), "", *differences(runs, base, design.comparisons), ""]
+    lines = [*table(runs, base), "", *primary(runs, design), "", *differences(runs, base, design), ""]
     lines += failures(rows)
     (out / "table.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     if whole := runs_of([row for row in rows if "failed" not in row]):
@@ -115,14 +115,14 @@ def primary(runs, design):
     return lines if len(lines) > 2 else []
 
 
-def differences(runs, base, comparisons):
+def differences(runs, base, design):
     """Markdown lines: pairs of arms by seed and task, in the area, with Holm's p-values.
 
     The area is that under the held-out curve as far as both runs went.
     """
     found = []
     for task in base:
-        for arm, other in comparisons:
+        for arm, other in design.comparisons:
             own, theirs = runs.get((task, arm, ""), {}), runs.get((task, other, ""), {})
             shared = sorted(own.keys() & theirs.keys())
             if len(shared) > 1:
@@ -131,7 +131,8 @@ def differences(runs, base, comparisons):
                 found.append((task, arm, other, areas))
     if not found:
         return []
-    corrected = holm([p_value(areas) for *_, areas in found])
+    missing = len(design.comparisons) * len(design.tasks) - len(found)  # they count as if they had shown nothing
+    corrected = holm([p_value(areas) for *_, areas in found] + [1.0] * missing)[: len(found)]
     lines = ["| task | arm | against | seeds | held-out: area | p, by Holm |", "| --- " * 6 + "|"]
     for (task, arm, other, areas), p in zip(found, corrected, strict=True):
         lines.append(f"| {task} | {arm} | {other} | {len(areas)} | {said_of(areas, '+.3f')} | {p:.2g} |")

@@ -11,7 +11,7 @@ class Task(typing.NamedTuple):
     reward: str  # config.reward.name
     success: str  # the function of LADDER by which a picture counts as a success
     lists: str  # prompts/shapes_LISTS_{train,test}.json
-    search: str  # the same for the search
+    search: str  # the same for the search; "": not searched
     images: int = 16  # per prompt, of an evaluation
 
 
@@ -82,7 +82,7 @@ DFUSION = Design(
     folder="docs/d-fusion",
     tasks={
         "attribute": TASKS["attribute"],
-        "relation": Task("clip", "right", "relation", "search", images=4),
+        "relation": Task("clip", "right", "relation", "", images=4),
     },
     shared={
         "sample.branches": 16, "schedule.kind": "constant", "schedule.untrained": 4, "train.log_prob": "sum",
@@ -101,7 +101,15 @@ DFUSION = Design(
     budget=720,
     less={},
     search_budget=720,
-    grid={"dpo": RATES, "dpo_fused": RATES, "ddpo": RATES, "ddpo_fused": RATES},
+    grid={
+        "dpo": RATES,
+        "dpo_fused": [
+            *RATES, {**FAST, "schedule.untrained": 0},
+            {**FAST, "schedule.untrained": 0, "train.step_weights": "inverse_gain"},
+        ],
+        "ddpo": RATES,
+        "ddpo_fused": RATES,
+    },
     comparisons=(
         ("dpo_fused", "dpo"), ("ddpo_fused", "ddpo"), ("dpok_fused", "dpok"), ("dpo_fused", "dpo_fused_all"),
         ("dpo_fused", "dpo_fused_from_0"),
