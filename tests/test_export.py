@@ -10,10 +10,11 @@ import shutil
 import pytest
 import tiny
 import tiny_flux
+import tiny_sd3
 import tiny_sdxl
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from b2diffurl.bench import random_weights
 from b2diffurl.errors import UserError
@@ -24,23 +25,27 @@ from b2diffurl.models import Models
 from b2diffurl.run.command import parse
 from b2diffurl.run.folder import flat
 
+TRANSFORMER_LAYERS = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """{kind: (pipeline folder, checkpoint folder)} with random numbers in every matrix."""
     made = {}
-    for kind in ("sd", "sdxl", "flux"):
+    for kind in ("sd", "sdxl", "sd3", "flux"):
         folder = tmp_path_factory.mktemp(kind)
         if kind == "sd":
             random_weights.write_pipeline(folder, torch.float32, tiny.GEOMETRY)
             pipeline = folder
         else:
-            pipeline = {"sdxl": tiny_sdxl, "flux": tiny_flux}[kind].write(folder)
+            write = {"sdxl": tiny_sdxl.write, "flux": tiny_flux.write, "sd3": lambda f: tiny_sd3.write(f, True)}[kind]
+            pipeline = write(folder)
         flags = [f"--config.pretrained.model={pipeline}", "--config.schedule.untrained=1"]
         loaded = Models(parse(["x", "--config", "config/stage_process.py:shapes", *flags])[0])
         denoiser = loaded.family.denoiser
         torch.manual_seed(1)
-        for own in lora.add(denoiser, loaded.family.lora_targets, 2, 0).values():
+        more = TRANSFORMER_LAYERS if kind in ("sd3", "flux") else ()
+        for own in lora.add(denoiser, (*loaded.family.lora_targets, *more), 2, 0).values():
             torch.nn.init.normal_(own, 0, 0.3)
         checkpoint = folder / "run/stage3/checkpoints/checkpoint_1"
         checkpoint.mkdir(parents=True)
@@ -57,11 +62,16 @@ def _copied(checkpoint, folder):
     return pathlib.Path(shutil.copytree(checkpoint, folder))
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
 def test_the_stock_pipeline_reads_kohyas_form_and_draws_the_same(kind, checkpoints, tmp_path):
     from diffusers import DiffusionPipeline
 
     pipeline, checkpoint = checkpoints[kind]
+    if kind == "flux":  # diffusers' reader takes single blocks of FLUX's own size alone: see the next test
+        checkpoint = _copied(checkpoint, tmp_path / "double")
+        kept = {n: m for n, m in load_file(checkpoint / command.NAME).items() if ".single_" not in n}
+        with safe_open(checkpoint / command.NAME, "pt") as stored:
+            save_file(kept, checkpoint / command.NAME, stored.metadata())
     out = tmp_path / "new/lora.safetensors"
     run(checkpoint, out)
     pictures = []
@@ -76,6 +86,75 @@ def test_the_stock_pipeline_reads_kohyas_form_and_draws_the_same(kind, checkpoin
     base, ours, theirs = pictures
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert (ours - base).abs().max() > 1e-3
+
+
+def _outputs(lora):
+    """{layer: what its LoRA adds for a fixed input} of a LoRA in diffusers' form."""
+    found = {}
+    for layer in {name.rsplit(".lora_", 1)[0] for name in lora}:
+        down, up = (lora[f"{layer}.lora_{side}.weight"] for side in "AB")
+        found[layer] = up @ (down @ torch.linspace(-1, 1, down.shape[1]))
+    return found
+
+
+def test_fluxs_single_blocks_come_back_from_diffusers_reader():
+    """At FLUX's own width, which the reader expects; the MLP's first layer is there or gets zeros."""
+    from diffusers.loaders.lora_conversion_utils import _convert_kohya_flux_lora_to_diffusers
+
+    torch.manual_seed(0)
+    rank, width, block = 2, 3072, "transformer.single_transformer_blocks.1"
+    sizes = {
+        "attn.to_q": (width, width), "attn.to_k": (width, width), "attn.to_v": (width, width),
+        "proj_out": (5 * width, width), "proj_mlp": (width, 4 * width),
+    }  # fmt: skip
+    lora = {
+        f"{block}.{part}.lora_{side}.weight": torch.randn((rank, inner) if side == "A" else (outer, rank))
+        for part, (inner, outer) in sizes.items()
+        for side in "AB"
+    }
+    for without in ("proj_mlp", "attn.to_k", ""):
+        given = {name: matrix for name, matrix in lora.items() if not without or without not in name}
+        made = kohya.convert(given, "FluxTransformer2DModel")
+        linear1 = "lora_unet_single_blocks_1_linear1"
+        assert made[f"{linear1}.lora_up.weight"].shape == (7 * width, 4 * rank)
+        assert made[f"{linear1}.alpha"] == len(made[f"{linear1}.lora_down.weight"]) == 4 * rank
+        found, wanted = _outputs(_convert_kohya_flux_lora_to_diffusers(dict(made))), _outputs(given)
+        for name, output in found.items():
+            assert torch.allclose(output, wanted[name], rtol=1e-4, atol=1e-3) if name in wanted else not output.any(), (
+                name
+            )
+        assert found.keys() == _outputs(lora).keys()
+
+
+class Checkpoint(dict):
+    """Of SD3 by its authors' names: every weight that is not given is there, and small."""
+
+    def pop(self, name):
+        return super().pop(name, torch.zeros(6))
+
+
+def test_sd3s_layers_are_those_of_diffusers_converter(checkpoints, tmp_path):
+    """diffusers' reader of SD3's own checkpoints splits what kohya's LoRA adds to its layers, and each comes back."""
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    _, checkpoint = checkpoints["sd3"]
+    out = tmp_path / "lora.safetensors"
+    run(checkpoint, out)
+    stored, added = load_file(out), Checkpoint({"context_embedder.weight": torch.zeros(3, 2)})
+    for name in [name for name in stored if name.endswith(".lora_down.weight")]:
+        layer, down = name.split(".")[0], stored[name]
+        scale = stored[f"{layer}.alpha"] / len(down)
+        block, number, place = re.fullmatch(r"lora_unet_(joint_blocks)_(\d)_(.+)", layer).groups()
+        place = re.sub(r"^(x|context)_block_(attn2?|mlp)_", r"\1_block.\2.", place)
+        added[f"{block}.{number}.{place}.weight"] = scale * stored[f"{layer}.lora_up.weight"] @ down
+    given = _outputs(load_file(checkpoint / command.NAME))
+    found = convert_sd3_transformer_checkpoint_to_diffusers(added)
+    assert sum(".attn2." in name for name in given) == 4
+    for name, output in given.items():
+        weight = found[f"{name.removeprefix('transformer.')}.weight"]
+        assert torch.allclose(weight @ torch.linspace(-1, 1, weight.shape[1]), output, atol=1e-5), name
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["ss_network_module"] == "networks.lora_sd3"
 
 
 def test_kohyas_names_and_alpha(checkpoints, tmp_path):
@@ -102,7 +181,7 @@ def test_sdxl_layers_by_stabilitys_names():
     layers = [f"down_blocks.{block}.attentions.{layer}" for block in (1, 2) for layer in (0, 1)]
     layers += ["mid_block.attentions.0", *(f"up_blocks.{b}.attentions.{n}" for b in (0, 1) for n in (0, 1, 2))]
     rest = ".transformer_blocks.0.attn1.to_q.lora_A.weight"
-    found = kohya.convert({f"unet.{layer}{rest}": torch.zeros(2, 3) for layer in layers})
+    found = kohya.convert({f"unet.{layer}{rest}": torch.zeros(2, 3) for layer in layers}, "UNet2DConditionModel")
     blocks = [key.split("_transformer")[0].removeprefix("lora_unet_") for key in found if "lora_down" in key]
     assert blocks == [
         *(f"input_blocks_{n}_1" for n in (4, 5, 7, 8)), "middle_block_1", *(f"output_blocks_{n}_1" for n in range(6))
@@ -116,8 +195,11 @@ def test_diffusers_form_is_the_checkpoints_own(checkpoints, tmp_path):
 
 
 def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path):
-    with pytest.raises(UserError, match="kohya's form is for UNets"):
-        run(checkpoints["flux"][1], tmp_path / "l.safetensors")
+    layer = "transformer.transformer_blocks.0.norm1.linear.lora_A.weight"
+    with pytest.raises(UserError, match=r"norm1\.linear: kohya's form of a FluxTransformer2DModel has no such layer"):
+        kohya.convert({layer: torch.zeros(2, 3)}, "FluxTransformer2DModel")
+    with pytest.raises(UserError, match="Other: kohya's form of its LoRA is not known"):
+        kohya.convert({layer: torch.zeros(2, 3)}, "Other")
     with pytest.raises(UserError, match="must be a file that ends in"):
         run(checkpoints["sd"][1], tmp_path)
     with pytest.raises(UserError, match="missing"):

@@ -27,11 +27,11 @@ def export(checkpoint, out, form):
     with safe_open(source, "pt") as stored:
         metadata = stored.metadata()
     if form == "kohya":
-        from .kohya import convert
+        from . import kohya
 
-        ranks = {len(matrix) for name, matrix in lora.items() if ".lora_A." in name}
-        lora, network = convert(lora), {"ss_network_module": "networks.lora"}
-        metadata |= network | {f"ss_network_{name}": str(max(ranks)) for name in ("dim", "alpha")}
+        denoiser = metadata.get("denoiser", "")
+        lora = kohya.convert(lora, denoiser)
+        metadata |= kohya.header(lora, denoiser)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(out, lora, metadata)
 

@@ -118,7 +118,7 @@ def _trainable(denoiser):
 def save(denoiser, folder, metadata=None):
     """Write pytorch_lora_weights.safetensors, as the stock pipeline's load_lora_weights(folder) reads it.
 
-    metadata: {name: text} for the file's header, which loaders pass over.
+    metadata: {name: text} for the file's header, which loaders pass over; the denoiser's class is there too.
     """
     from diffusers.loaders.lora_pipeline import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
 
@@ -128,7 +128,7 @@ def save(denoiser, folder, metadata=None):
         os.fspath(folder),
         **{f"{component}_lora_layers": _as_stored(parameters(denoiser))},
         save_function=lambda weights, path: storage.write_tensors(
-            pathlib.Path(path), weights, {"format": "pt", **(metadata or {})}
+            pathlib.Path(path), weights, {"format": "pt", "denoiser": type(denoiser).__name__, **(metadata or {})}
         ),
     )
 
