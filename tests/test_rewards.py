@@ -1,13 +1,9 @@
 """Every reward's own loading code on a tiny model of its real class, and the mix."""
 
-import http.server
-import importlib.util
 import io
 import json
 import pathlib
 import shutil
-import socket
-import threading
 
 import numpy as np
 import pytest
@@ -17,13 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from b2diffurl.errors import UserError
-from b2diffurl.rewards import Reward, load_reward, remote
+from b2diffurl.rewards import Reward, load_reward
 from b2diffurl.run.command import parse
 from b2diffurl.run.config import reward_terms
-
-spec = importlib.util.spec_from_file_location("reward_server", "docs/reward_server.py")
-reference = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reference)
 
 PROMPTS = ["a red circle", "a blue ring", "a red circle", "a long green cross above a cyan square", "a ring"]
 SAID = "image answer concisely what is going on in this blue square"
@@ -251,89 +243,6 @@ def test_descriptions_do_not_depend_on_the_batch(describers):
     scores = three(images(), PROMPTS)
     assert scores.shape == (len(PROMPTS),)
     assert scores.isfinite().all()
-
-
-class Judge(http.server.BaseHTTPRequestHandler):
-    """Answers as the test's list says, then as the reference server does."""
-
-    answers = ()
-
-    def do_POST(self):
-        if self.answers:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            status, text = self.answers.pop(0)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text)
-        else:
-            reference.Handler.do_POST(self)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """The URL of a server that answers with Judge."""
-    monkeypatch.setattr(remote, "WAITS", (0, 0))
-    Judge.answers = []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{made.server_port}/score"
-        made.shutdown()
-
-
-def grey(*values):
-    return [Image.new("RGB", (4, 4), (value,) * 3) for value in values]
-
-
-def test_a_servers_scores_are_of_the_very_images_in_order_and_batches(server):
-    reward = load(f"--config.reward.name={server}", "--config.reward.batch_size=2")
-    found, _ = reward.score(grey(0, 51, 102, 153, 204), ["p"] * 5)
-    assert found.tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
-
-
-def test_metadata_reaches_a_function_and_a_server(server, tmp_path, monkeypatch):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "p", "worth": 7}\n{"prompt": "q"}\n')
-    body = "def worth(images, prompts, metadata):\n    return [own.get('worth', 1) for own in metadata]\n"
-    (tmp_path / "knowing.py").write_text(body)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(reference, "score", lambda images, prompts, metadata: [own.get("worth", 1) for own in metadata])
-    lists = [f"--config.prompts.{part}={tmp_path}/p.jsonl" for part in ("train", "test")]
-    reward = load(*lists, f"--config.reward.name=knowing:worth + {server}:10", "--config.reward.batch_size=2")
-    _, found = reward.score(grey(0, 51, 102), ["q", "p", "of no file"])
-    assert found["knowing:worth"].tolist() == found[server].tolist() == [1, 7, 1]
-
-
-def test_a_server_that_comes_back_is_asked_again(server):
-    Judge.answers = [(503, b"starting"), (429, b"busy")]
-    assert remote.Remote(server, 8, 5)(grey(51), ["p"], [{}]) == pytest.approx([0.2])
-
-
-@pytest.mark.parametrize(("answers", "message"), [
-    ([(503, b"down")] * 3, r"did not score 1 images \(HTTP 503: down\)"),
-    ([(400, b"no such field")], r"did not score 1 images \(HTTP 400: no such field\)"),
-    ([(200, b"hello")], r"must answer .* it said b'hello'"),
-    ([(200, b'{"scores": [1, 2]}')], "2 scores for 1 images"),
-    ([(200, b'{"scores": 1}')], "must answer"),
-])  # fmt: skip
-def test_a_server_that_is_wrong_is_one_line(server, answers, message):
-    Judge.answers = [*answers]
-    with pytest.raises(UserError, match=message):
-        remote.Remote(server, 8, 5)(grey(51), ["p"], [{}])
-
-
-def test_a_server_that_is_not_there_or_silent_is_one_line(server, monkeypatch):
-    with pytest.raises(UserError, match=r"did not score 1 images .*refused"):
-        remote.Remote("http://127.0.0.1:9/score", 8, 5)(grey(51), ["p"], [{}])
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        asked, post = [], remote.Remote._post
-        monkeypatch.setattr(remote.Remote, "_post", lambda *given: asked.append(1) or post(*given))
-        with pytest.raises(UserError, match="timed out"):
-            remote.Remote(f"http://127.0.0.1:{silent.getsockname()[1]}/", 8, 0.05)(grey(51), ["p"], [{}])
-        assert len(asked) == 2 < len(remote.WAITS) + 1
 
 
 def test_jpeg_size():

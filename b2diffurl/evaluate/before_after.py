@@ -7,6 +7,7 @@
 import hashlib
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def main(config, checkpoint, out, prompts="", loaded=None):
         images = generate(evaluated, lists, folder, model)
         if first:
             clip, quality = measures
-            with loaded.scoring() as reward:
+            with loaded.scoring() as reward, reward.keeping(out / "answers"):
                 for name, own in lists.items():
                     figures = measure(config, reward, clip, own, images[name]) | quality(images[name], count)
                     results.append({"model": model, "prompts": name, **figures})
@@ -79,6 +80,7 @@ def main(config, checkpoint, out, prompts="", loaded=None):
         contact_sheet.draw(lists, pictures).save(out / "before_after.tmp.png")
         os.replace(out / "before_after.tmp.png", out / "before_after.png")
         storage.write_json(out / "eval.json", {"settings": settings, "results": results})
+        shutil.rmtree(out / "answers", ignore_errors=True)
         log.info(table(results))
     processes.barrier()
 

@@ -14,6 +14,7 @@ import torch
 from ..errors import UserError
 from ..run.config import is_url, reward_terms
 from ..run.prompts import read_metadata, read_prompts
+from .remote import Remote
 
 
 class Reward:
@@ -28,13 +29,27 @@ class Reward:
     def score(self, images, prompts):
         """The sum, float64 numpy (N,), and {name: the same} of its terms; UserError for a bad shape or score."""
         with full_float32():
-            found = {name: _checked(name, self._ask(own, images, prompts), prompts) for name, _, own in self.terms}
+            found = {name: _checked(name, raw, prompts) for name, raw in self.ask(images, prompts).items()}
         return sum(weight * found[name] for name, weight, _ in self.terms), found
 
-    def _ask(self, reward, images, prompts):
-        if not takes_metadata(reward):
-            return reward(images, prompts)
-        return reward(images, prompts, metadata=[self.metadata.get(prompt, {}) for prompt in prompts])
+    def ask(self, images, prompts):
+        """{term: what it returns}, unchecked, in the precision that is set."""
+        known = {"metadata": [self.metadata.get(prompt, {}) for prompt in prompts]}
+        return {
+            name: reward(images, prompts, **(known if takes_metadata(reward) else {})) for name, _, reward in self.terms
+        }
+
+    @contextlib.contextmanager
+    def keeping(self, folder):
+        """Meanwhile a server's answers are kept in the folder, and what is answered there is not asked again."""
+        servers = [reward for _, _, reward in self.terms if isinstance(reward, Remote)]
+        for server in servers:
+            server.folder = folder
+        try:
+            yield self
+        finally:
+            for server in servers:
+                server.folder = None
 
     def __call__(self, images, prompts):
         """N PIL images and their prompts -> (N,) float32."""
@@ -71,9 +86,13 @@ def full_float32():
             switch.allow_tf32 = allowed
 
 
-def load_reward(config, device):
-    """The Reward that config.reward.name names, each term loaded once, on the device, in float32 (LLaVA: the run's)."""
-    terms = [(name, weight, _load(name, config, device)) for name, weight in reward_terms(config.reward.name)]
+def load_reward(config, device, wanted=lambda name: True):
+    """The Reward that config.reward.name names, each term loaded once, on the device, in float32 (LLaVA: the run's).
+
+    wanted(name): whether a term is to be loaded.
+    """
+    named = [own for own in reward_terms(config.reward.name) if wanted(own[0])]
+    terms = [(name, weight, _load(name, config, device)) for name, weight in named]
     train, metadata = config.prompts.train, read_metadata(config.prompts.test)
     metadata = {prompt: more for prompt, more in metadata.items() if prompt not in read_prompts(train)}
     return Reward(terms, metadata | read_metadata(train))
@@ -104,8 +123,6 @@ def _load(name, config, device):
 
         return HpsV2(reward.hpsv2_model, reward.hpsv2_weights, **where)
     if is_url(name):
-        from .remote import Remote
-
         return Remote(name, reward.batch_size, reward.timeout)
     if name.startswith("jpeg_"):
         from . import jpeg

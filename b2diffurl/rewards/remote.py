@@ -13,12 +13,15 @@ import urllib.error
 import urllib.request
 
 from ..errors import UserError
+from .answers import Answers, key
 
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another try: a server that starts again or is busy answers within them
 
 
 class Remote:
-    """A server's judgement; reward(images, prompts) -> N numbers, batch_size images per request."""
+    """A server's judgement; reward(images, prompts, metadata) -> N numbers, batch_size images per request."""
+
+    folder = None  # where the answers are kept, and looked up before the server is asked
 
     def __init__(self, url, batch_size, timeout):
         self.url, self.batch_size, self.timeout = url, batch_size, timeout
@@ -28,11 +31,15 @@ class Remote:
 
         Raises UserError where the server has no answer that fits.
         """
-        found = []
-        for first in range(0, len(images), self.batch_size):
-            batch = slice(first, first + self.batch_size)
-            found += self._ask(images[batch], prompts[batch], metadata[batch])
-        return found
+        keys = [key(self.url, *asked) for asked in zip(images, prompts, metadata, strict=True)]
+        known = Answers(self.folder) if self.folder else {}
+        left = [i for i, own in enumerate(keys) if own not in known]
+        for first in range(0, len(left), self.batch_size):
+            batch = left[first : first + self.batch_size]
+            scores = self._ask(*([given[i] for i in batch] for given in (images, prompts, metadata)))
+            answers = dict(zip([keys[i] for i in batch], scores, strict=True))
+            known.keep(answers) if self.folder else known.update(answers)
+        return [known[own] for own in keys]
 
     def _ask(self, images, prompts, metadata):
         pictures = [_png(image) for image in images]
@@ -53,8 +60,8 @@ class Remote:
             if wait is not None:
                 time.sleep(wait)
         raise UserError(
-            f"config.reward.name: {self.url} did not score {len(prompts)} images ({said}); nothing was written; mend "
-            "the server and run the same command again"
+            f"config.reward.name: {self.url} did not score {len(prompts)} images ({said}); mend the server and run the "
+            "same command again"
         )
 
     def _post(self, body):

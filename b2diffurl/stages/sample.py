@@ -17,6 +17,7 @@ from ..run import metrics, processes, storage
 from ..run.prompts import read_prompts
 from ..run.tracking import track
 from .begin import begin
+from .scoring import asking
 from .trajectories import write_rollout
 
 
@@ -40,15 +41,23 @@ def main(config, started=None, loaded=None):
     loaded.family.vae  # noqa: B018 - loading it counts as start-up
     ready = time.perf_counter()
     run.stage.mkdir(parents=True, exist_ok=True)
-    groups, tensors = processes.share(config.sample.groups), {}
+    groups, tensors, saving = processes.share(config.sample.groups), {}, []
+
+    def deliver(own, pictures, copied):
+        ask(pictures, copied, [row["prompt"] for row in own])
+        for row, picture in zip(own, pictures, strict=True):
+            saving.append(pool.submit(save, picture, copied, folder / row["image"]))
 
     def work():
         own = rows[groups.start * plan.images : groups.stop * plan.images]
         with policy.together():
             if own:
-                tensors.update(_denoise(config, policy, plan, own, take(cond, of_group[groups]), folder))
+                tensors.update(_denoise(config, policy, plan, own, take(cond, of_group[groups]), deliver))
+        for future in saving:
+            future.result()
 
-    with storage.fresh_folder(run.stage / "images") as folder:
+    answers, pool = asking(config, run.stage / "answers", log), concurrent.futures.ThreadPoolExecutor(4)
+    with answers as ask, storage.fresh_folder(run.stage / "images") as folder, pool:
         processes.agree(work)
     tensors = storage.join_shares(run.stage, tensors)
     if processes.rank():
@@ -98,31 +107,29 @@ def image_rows(config):
     ]
 
 
-def _denoise(config, policy, plan, rows, cond, folder):
+def _denoise(config, policy, plan, rows, cond, deliver):
     """Sample the groups of the rows, whose Conditioning is cond (G, ...) -> {"states", "log_prob"} of rollout.sample.
 
-    Pictures are decoded batch by batch, and written off the critical path.
+    Pictures are decoded batch by batch; deliver(their rows, (B, H, W, 3) uint8, CUDA event or None) writes them off the
+    critical path.
     """
     from tqdm import tqdm
 
-    numbers, saving = [row["group"] for row in rows[:: plan.images]], []
+    numbers = [row["group"] for row in rows[:: plan.images]]
     seeds = plan.seeds(config.seed, config.stage, numbers)
     bar = tqdm(total=len(rows), desc=f"stage {config.stage} sample", unit="image", leave=False, disable=None)
-    with bar, concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with bar:
 
         def on_batch(first, latents):
             pictures = policy.family.decode(latents).to("cpu", non_blocking=True)
             copied = torch.cuda.Event() if latents.is_cuda else None
             if copied:
                 copied.record()
-            for row, picture in zip(rows[first:], pictures.numpy(), strict=False):
-                saving.append(pool.submit(save, picture, copied, folder / row["image"]))
+            deliver(rows[first : first + len(latents)], pictures.numpy(), copied)
             bar.update(len(latents))
 
         cond = to_device(cond, policy.device)
         states, log_prob = rollout.sample(policy, plan, cond, seeds, config.sample.batch_size, on_batch)
-        for future in saving:
-            future.result()
     if not log_prob.isfinite().all():
         raise UserError(
             f"stage {config.stage}: the latents are not finite; nothing was written. Try config.mixed_precision="

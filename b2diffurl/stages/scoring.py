@@ -1,12 +1,17 @@
-"""Scoring a stage's pictures, for run_select.py and run_fuse.py: every process its own share of them."""
+"""Scoring a stage's pictures: every process its own share of them, and servers while others are still denoised."""
 
 import concurrent.futures
+import contextlib
+import queue
+import threading
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from ..rewards import load_reward
 from ..run import processes
+from ..run.config import is_url
 from ..shapes.oracle import verdicts
 
 
@@ -33,6 +38,36 @@ def score(config, reward, paths, prompts, beside=None):
     terms = {name: np.concatenate([own[name] for _, own in scores]) for name in scores[0][1]}
     right = np.concatenate(right) if sum(map(len, right)) == len(paths) else None
     return np.concatenate([total for total, _ in scores]), terms, right, others
+
+
+@contextlib.contextmanager
+def asking(config, folder, log):
+    """Let the servers among the rewards judge pictures while others are denoised.
+
+    Yields ask(pictures, copied, prompts), pictures: (B, H, W, 3) uint8, there once the CUDA event `copied`, if there is
+    one, has passed. The answers are kept in the folder for run_select.py, which asks again where a server failed.
+    """
+    servers, waiting = load_reward(config, "cpu", wanted=is_url), queue.SimpleQueue()
+    if not servers.terms:
+        yield lambda *given: None
+        return
+
+    def work():
+        for pictures, copied, prompts in iter(waiting.get, None):
+            if copied:
+                copied.synchronize()
+            try:
+                servers.ask([Image.fromarray(picture) for picture in pictures], prompts)
+            except UserError as error:
+                log.warning(f"stage {config.stage} sample: run_select.py will ask again: {error}")
+                return
+
+    with servers.keeping(folder):
+        thread = threading.Thread(target=work, daemon=True)  # an interrupted run does not wait for it
+        thread.start()
+        yield lambda *given: waiting.put(given)
+        waiting.put(None)
+        thread.join()
 
 
 def read_picture(path):

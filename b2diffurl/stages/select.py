@@ -1,5 +1,6 @@
 """Step 2 of a stage: score the pictures, normalise per prompt, assign the credit."""
 
+import shutil
 import time
 
 import numpy as np
@@ -38,7 +39,8 @@ def main(config, started=None, loaded=None):
         raise UserError(f"{run.stage} holds the samples of another run: delete it and run run_sample.py again")
     past = history_of(run.previous / "scores.json") if run.previous else []
     loaded = loaded or Models(config)
-    with loaded.scoring() as reward:
+    answers = run.stage / "answers"
+    with loaded.scoring() as reward, reward.keeping(answers):
         ready = time.perf_counter()
         raw, terms, measured, shown = _score(config, run, rows, reward)
         scoring = time.perf_counter() - ready
@@ -65,6 +67,7 @@ def main(config, started=None, loaded=None):
             for row, r, n, k in zip(rows, raw, normalised, kept, strict=True)
         ]  # last, since it says that the step is complete
         storage.write_json(run.stage / "scores.json", {"scores": scores, "history": history.state()})
+        shutil.rmtree(answers, ignore_errors=True)
         track(config, "select", values, log, shown)
         log.info(
             f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {kept.sum()} of "
