@@ -33,7 +33,7 @@ def sdv1_4():
     config.allow_tf32 = True  # on a GPU, where mixed_precision is "no": faster, 10 bits of mantissa; rewards never
     config.one_process = True  # run_process.sh: all steps in one warm process per GPU; False: each step in its own
     config.sharded = False  # of several processes, each keeps a part of the denoiser's weights: for one GPU too small
-    config.log_with = ""  # wandb | tensorboard (into log/tensorboard) also get every metrics line; "": none
+    config.log_with = ""  # wandb | tensorboard | trackio (these into log/) also get every metrics line; "": none
 
     config.keep = ml_collections.ConfigDict()  # of how many stages, the latest ones, these stay on disk; 0: of all
     config.keep.images = 10  # images/; 0.5 to 0.7 GB per stage here

@@ -6,6 +6,7 @@ import resource
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; for a GPU: bench --gpu-check
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models as small as these a second thread costs more than it brings
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait soon leave the core to other processes
 
 import pytest

@@ -1,16 +1,18 @@
-"""One tracked run per experiment, by the real trackers: wandb offline and tensorboard; a failure costs a warning."""
+"""One tracked run per experiment, by the real trackers (trackio where it is installed); a failure costs a warning."""
 
+import json
 import logging
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 
-import ml_collections
 import pytest
 from PIL import Image
 
 from b2diffurl.run import tracking
+from b2diffurl.run.command import parse
 
 STEP = """
 import logging
@@ -62,9 +64,31 @@ def test_tensorboard_has_the_figures_by_stage_and_the_pictures(tmp_path):
     assert [event.step for event in found.Images("select/images")] == [0, 1]
 
 
+def test_trackio_goes_on_with_one_run_of_figures_settings_and_pictures(tmp_path):
+    pytest.importorskip("trackio", reason="trackio wants an older Pillow than requirements.lock has")
+    (tmp_path / "log").mkdir()
+    for name in ("config", "model", "prompts"):
+        (tmp_path / name).symlink_to(os.path.abspath(name))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), os.getcwd()])}
+    environment.pop("TRACKIO_DIR", None)
+    for stage in ("", "config.stage = 1\n"):
+        code = STEP.replace("wandb", "trackio").replace("images = [", f"{stage}images = [")
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    database = sqlite3.connect(tmp_path / "log/trackio/b2diffurl.db")
+    lines = [json.loads(own) for (own,) in database.execute("select metrics from metrics order by step")]
+    assert [line["reward/mean"] for line in lines if "reward/mean" in line] == [0.25, 0.25]
+    assert [line["stage"] for line in lines if "sample/time_s" in line] == [0, 1]
+    assert sum("select/images/1" in line for line in lines) == 2
+    assert len([*(tmp_path / "log/trackio/media").rglob("*.png")]) == 4
+    ((settings,),) = database.execute("select config from configs")
+    assert json.loads(settings)["method"] == "b2"
+
+
 @pytest.fixture
 def config():
-    return ml_collections.ConfigDict({"stage": 3, "exp_name": "run", "save_path": "x", "log_with": "not_a_tracker"})
+    made = parse(["x", "--config", "config/stage_process.py:shapes", "--config.stage=3"])[0]
+    made.log_with = "not_a_tracker"
+    return made
 
 
 def test_a_tracker_that_is_missing_is_a_warning(config, caplog):

@@ -18,7 +18,7 @@ from .prompts import read_prompts
 CHOICES = {
     "method": tuple(METHODS),
     "mixed_precision": ("no", "fp16", "bf16"),
-    "log_with": ("", "wandb", "tensorboard"),
+    "log_with": ("", "wandb", "tensorboard", "trackio"),
     "schedule.kind": KINDS,
     "sample.sampler": SAMPLERS,
     "sample.prefix": ("sde", "ode"),
