@@ -24,7 +24,7 @@ for flag in "$@"; do
   if [ "$flag" = --dry-run ]; then dry=1; else config+=("$flag"); fi
 done
 said=$("$PYTHON" -m b2diffurl.stages.preflight "${config[@]}")
-read -r stages processes folder <<<"$(tail -n 1 <<<"$said")" # a user's reward may print when it is imported
+read -r stages processes plateau folder <<<"$(tail -n 1 <<<"$said")" # a user's reward may print when it is imported
 machine=${MACHINE_RANK:-$(sed -nE 's/.*--(machine|node)_rank[= ]+([0-9]+).*/\2/p' <<<"${LAUNCH:-}")}
 if [ "$dry" ]; then # says what the run will take
   exec "$PYTHON" -m b2diffurl.stages.dry_run "${config[@]}"
@@ -35,7 +35,6 @@ if [ "${machine:-0}" = 0 ]; then # of several machines the first one locks and r
   export B2DIFFURL_LOCK=9 # the steps use this descriptor, so the lock is held from here to the end
   "$PYTHON" -m b2diffurl.run.lock "$folder"
 fi
-last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
 
 gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c GPU || true)
 if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
@@ -55,25 +54,31 @@ report() { # of several machines the first one writes it
   [ "${machine:-0}" != 0 ] || "$PYTHON" -m b2diffurl.report "$folder" >/dev/null || echo "report.html was not written"
 }
 
-average() { # what is evaluated and used is the LoRA's average where config.train.ema_decay keeps one
+last_lora() { # of a run that ended at a plateau too; the LoRA's average where config.train.ema_decay keeps one
+  while [ "$stages" -gt 1 ] && [ ! -d "$folder/stage$((stages - 1))/checkpoints" ]; do stages=$((stages - 1)); done
+  last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
   if [ -d "$last/ema" ]; then last=$last/ema; fi
 }
 
 if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process
   "${launch[@]}" -m b2diffurl.stages.loop "${config[@]}"
-  average
+  last_lora
 else
   for ((stage = 0; stage < stages; stage++)); do
     if [ -d "$folder/stage$stage/checkpoints" ]; then
       echo "stage $stage: complete already"
       continue
     fi
+    if [ "$plateau" -gt 0 ] && [ "$("$PYTHON" -m b2diffurl.stages.plateau "${config[@]}" "--config.stage=$stage")" ]; then
+      echo "stage $stage is not begun: the reward has not risen over the last $((2 * plateau)) stages"
+      break
+    fi
     for step in ${processes//,/ }; do
       "${launch[@]}" "run_$step.py" "${config[@]}" "--config.stage=$stage"
     done
     report
   done
-  average
+  last_lora
   "${launch[@]}" -m b2diffurl.evaluate "${config[@]}" --checkpoint "$last" --out "$folder"
   report
 fi

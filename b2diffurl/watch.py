@@ -17,6 +17,14 @@ def parted(reward, others):
     return [name for name, series in others.items() if len(series) == len(reward) and _rise(series) <= 0]
 
 
+def level(series, window):
+    """Whether a series has not risen: the mean of its last `window` values is not above that of as many before.
+
+    False before it has so many, and for a window of 0.
+    """
+    return 0 < 2 * window <= len(series) and np.diff(np.reshape(series[-2 * window :], (2, window)).mean(1))[0] <= 0
+
+
 def _rise(series):
     """From one window to the next, in standard errors."""
     before, after = np.asarray(series[-2 * WINDOW :], dtype=float).reshape(2, WINDOW)

@@ -52,6 +52,7 @@ def sdv1_4():
     config.schedule = ml_collections.ConfigDict()
     config.schedule.kind = "growing"  # growing (the paper's) | constant (always the last `right` steps)
     config.schedule.stage_count = 100  # stages in the run [StageCnt in run_process.sh]
+    config.schedule.plateau = 0  # end once reward/mean of so many stages is not above that of as many before; 0: never
     config.schedule.left = 14  # trained steps in the first stage [SplitStepLeft]
     config.schedule.right = 20  # trained steps in the last stage [SplitStepRight]
     config.schedule.forks = ()  # (step, fan-out) pairs: a tree of several splits, ((6, 2), (10, 2), (14, 2)) for 8

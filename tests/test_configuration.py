@@ -25,6 +25,7 @@ def test_paper_run_number_for_number(paper):
     assert dict(paper.schedule) == {
         "kind": "growing",
         "stage_count": 100,
+        "plateau": 0,
         "left": 14,
         "right": 20,
         "forks": (),

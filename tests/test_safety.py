@@ -113,7 +113,7 @@ def test_what_a_reward_prints_does_not_hide_the_plan(tmp_path):
         [sys.executable, "-m", "b2diffurl.stages.preflight", *flags(tmp_path, "reward.name=loud:reward")],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}"},
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["Loading a model", f"4 one {tmp_path}/t"]  # the driver reads the last line
+    assert done.stdout.splitlines() == ["Loading a model", f"4 one 0 {tmp_path}/t"]  # the driver reads the last line
 
 
 def test_other_words_in_the_prompt_file_are_another_run(begun, tmp_path):
@@ -283,11 +283,16 @@ def script(path, body):
 
 
 def driven(folder, plan, **options):
-    """What run_process.sh has a Python run that only says what it is asked, and answers the plan."""
-    script(
-        folder / "python",
-        f'echo "asked: $*"\ncase "$*" in *b2diffurl.stages.preflight*) echo Loading; echo {plan};; esac',
+    """What run_process.sh has a Python run that only says what it is asked, and answers the plan.
+
+    Its run_train.py makes the stage's folder; stage 2 of a run with a plateau is not to be begun.
+    """
+    body = (
+        'case "$*" in *stages.plateau*stage=2*) echo plateau;; *stages.plateau*) ;; *) echo "asked: $*";; esac',
+        f'case "$*" in *b2diffurl.stages.preflight*) echo Loading; echo {plan};; esac',
+        f'case "$*" in run_train.py*) mkdir -p "{folder}/run/stage${{*##*stage=}}/checkpoints";; esac',
     )
+    script(folder / "python", "\n".join(body))
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "python")}
     del environment["CUDA_VISIBLE_DEVICES"]
     environment |= {"PRESET": "sdv1.4", **options}
@@ -299,7 +304,7 @@ def driven(folder, plan, **options):
 @pytest.mark.parametrize("named", ["sample,select,train", "sample,select,fuse,train"])
 def test_the_driver_runs_every_step_of_every_stage_in_a_process_of_its_own_where_it_is_asked_to(tmp_path, named):
     (tmp_path / "run/stage1/checkpoints").mkdir(parents=True)
-    said = driven(tmp_path, f"3 {named} {tmp_path}/run", CUDA_VISIBLE_DEVICES="")
+    said = driven(tmp_path, f"3 {named} 0 {tmp_path}/run", CUDA_VISIBLE_DEVICES="")
     config = "--config config/stage_process.py:sdv1.4 --x=1"
     steps = [f"asked: run_{step}.py {config} --config.stage=" for step in named.split(",")]
     ran = [line for line in said if "run_" in line]
@@ -309,12 +314,23 @@ def test_the_driver_runs_every_step_of_every_stage_in_a_process_of_its_own_where
     assert f"asked: -m b2diffurl.evaluate {config} --checkpoint {last} --out {tmp_path}/run" in said
 
 
+def test_the_driver_ends_at_a_plateau(tmp_path):
+    (tmp_path / "run/stage1/checkpoints").mkdir(parents=True)
+    said = driven(tmp_path, f"9 sample,select,train 1 {tmp_path}/run", CUDA_VISIBLE_DEVICES="")
+    assert {line[-1] for line in said if "run_" in line} == {"0"}
+    assert "stage 2 is not begun: the reward has not risen over the last 2 stages" in said
+    (asked,) = [line for line in said if "evaluate" in line]
+    assert f"--checkpoint {tmp_path}/run/stage1/checkpoints/checkpoint_1 " in asked
+
+
 @pytest.mark.parametrize(("visible", "processes"), [(None, 3), ("0,2", 2), ("1", None)])
 def test_the_driver_uses_every_visible_gpu_and_a_free_port(tmp_path, visible, processes):
     """Three GPUs that are not there, and a Python that says what it is asked to run."""
     script(tmp_path / "nvidia-smi", "for i in 0 1 2; do echo GPU $i; done")
     options = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
-    (ran,) = [line for line in driven(tmp_path, f"1 one {tmp_path}/run", **options) if "b2diffurl.stages.loop" in line]
+    (ran,) = [
+        line for line in driven(tmp_path, f"1 one 0 {tmp_path}/run", **options) if "b2diffurl.stages.loop" in line
+    ]
     if processes:
         assert f"launch --multi_gpu --num_machines 1 --main_process_port 0 --num_processes {processes} " in ran
     else:

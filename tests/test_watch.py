@@ -1,11 +1,16 @@
-"""A reward that rises alone is told, one that rises with the oracle or by chance is not."""
+"""A reward that rises alone is told, one that rises with the oracle or by chance is not; one that stays ends a run."""
 
 import logging
 
 import numpy as np
+import pytest
 
+from b2diffurl.run import metrics
+from b2diffurl.run.command import parse
+from b2diffurl.run.folder import Run
+from b2diffurl.stages import loop, plateau
 from b2diffurl.stages.select import _warn
-from b2diffurl.watch import WINDOW, parted
+from b2diffurl.watch import WINDOW, level, parted
 
 RISING = [0.5, 0.52, 0.49, 0.51, 0.7, 0.72, 0.69, 0.71]
 LEVEL = [0.6, 0.62, 0.59, 0.61, 0.6, 0.61, 0.59, 0.6]
@@ -17,6 +22,45 @@ def test_only_what_does_not_rise_is_named():
     assert parted(LEVEL, {"oracle": RISING[::-1]}) == []
     assert parted(RISING[1:], {"oracle": LEVEL[1:]}) == []  # too few stages
     assert parted(RISING, {"oracle": LEVEL[1:]}) == []  # not of the same stages
+
+
+def test_level_is_where_no_window_is_above_the_one_before():
+    assert level(LEVEL, 4)
+    assert level([1, 1, 1, 1], 2)
+    assert not level(RISING, 4)
+    assert not level([*RISING, 0.71], 5)  # too few
+    assert not level(LEVEL, 0)
+    assert level([0, 0, 0, 3, 2, 2, 1], 2)  # the last four count
+
+
+def plateau_run(folder, *more):
+    flags = ("method=ddpo", "schedule.stage_count=6", "schedule.plateau=1", f"save_path={folder}", "exp_name=t", *more)
+    return parse(["x", "--config", "config/stage_process.py:shapes", *(f"--config.{flag}" for flag in flags)])[0]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_run_ends_at_a_plateau_and_evaluates_what_it_has(tmp_path, monkeypatch, capsys):
+    """Rewards 1, 2, 2: the stage after them is not begun, by the loop nor by the script's question."""
+    evaluated, rewards = [], [1.0, 2.0, 2.0, 9.0, 9.0, 9.0]
+
+    def run_stage(config, *_):
+        run = Run(config)
+        run.checkpoint.mkdir(parents=True)
+        metrics.record(run.metrics, config, "select", {"reward/mean": rewards[config.stage]})
+
+    monkeypatch.setattr(loop, "run_stage", run_stage)
+    monkeypatch.setattr(loop.before_after, "main", lambda config, checkpoint, *_, **__: evaluated.append(checkpoint))
+    monkeypatch.setattr(loop.page, "main", lambda folder: None)
+    for _ in range(2):
+        loop.main(plateau_run(tmp_path))
+        assert "stage 3 is not begun: the reward has not risen over the last 2 stages" in capsys.readouterr().out
+    assert evaluated == [tmp_path / "t/stage2/checkpoints/checkpoint_1"] * 2
+    for stage, said in ((2, ""), (3, "plateau\n")):
+        plateau.main(plateau_run(tmp_path, f"stage={stage}"))
+        assert capsys.readouterr().out == said
+    loop.main(plateau_run(tmp_path, "schedule.plateau=0"))  # the setting may change: the run goes on
+    loop.main(plateau_run(tmp_path))  # and what is complete stays
+    assert evaluated[2:] == [tmp_path / "t/stage5/checkpoints/checkpoint_1"] * 2
 
 
 def test_chance_alone_seldom_warns():

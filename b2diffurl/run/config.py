@@ -38,7 +38,8 @@ AT_LEAST = {
     "train.kl_weight": 0, "train.trajectories_per_update": 1, "train.num_epochs": 1, "train.value_epochs": 1,
     "train.lora_rank": 1, "train.target_kl": 0, "evaluate.images_per_prompt": 1, "keep.images": 0,
     "keep.trajectories": 0, "keep.optimiser": 0, "sample.resolution": 0, "pretrained.max_sequence_length": 0,
-    "evaluate.num_steps": 0, "evaluate.resolution": 0, "fusion.first_step": 0, "fusion.threshold": 0,
+    "schedule.plateau": 0, "evaluate.num_steps": 0, "evaluate.resolution": 0, "fusion.first_step": 0,
+    "fusion.threshold": 0,
 }  # fmt: skip
 ABOVE_0 = (
     "sample.eta", "sample.noise_level", "train.learning_rate", "train.clip_range", "train.max_grad_norm",

@@ -21,6 +21,7 @@ SHARED_WITHIN = 30  # seconds until a file of one machine must be seen on the ot
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch")
 FREE = (
     "stage",
+    "schedule.plateau",
     "one_process",
     "keep.",
     "sharded",

@@ -18,6 +18,7 @@ from ..run.command import run_main
 from ..run.folder import Run
 from . import fuse, sample, select, train
 from .begin import steps
+from .plateau import reached
 
 REPORT_EVERY = 20  # times what report.html takes: so much of the run lies between two of them
 
@@ -31,12 +32,18 @@ def run_stage(config, started=None, loaded=None):
 
 
 def main(config):
-    """Run every stage that is not complete, then the evaluation."""
+    """Run every stage that is not complete, up to a plateau, then the evaluation."""
     started, loaded, written, took = STARTED, Models(config), -math.inf, 0.0
     for stage in range(config.schedule.stage_count):
         config.stage = stage
+        complete = processes.first((Run(config).stage / "checkpoints").is_dir())
+        if not complete and processes.first(reached(config)):
+            over = 2 * config.schedule.plateau
+            if processes.rank() == 0:
+                print(f"stage {stage} is not begun: the reward has not risen over the last {over} stages", flush=True)
+            break
         run = Run(config)
-        if processes.first((run.stage / "checkpoints").is_dir()):
+        if complete:
             if processes.rank() == 0:
                 print(f"stage {stage}: complete already", flush=True)
             continue

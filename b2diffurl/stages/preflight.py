@@ -1,4 +1,4 @@
-"""What run_process.sh asks before it starts; the last line is "<stages> <steps or "one"> <run folder>"."""
+"""What run_process.sh asks before it starts; the last line is "<stages> <steps or "one"> <plateau> <run folder>"."""
 
 from ..plan import METHODS
 from ..run.command import run_main
@@ -9,7 +9,8 @@ from .begin import steps
 
 
 def main(config):
-    """Find out what would stop the run much later; then print stages, a stage's processes, and the run's folder.
+    """Find out what would stop the run much later; then print stages, a stage's processes, config.schedule.plateau, and
+    the run's folder.
 
     The processes are "one" of all steps, or the steps that have one each: sample,select,train.
     """
@@ -29,7 +30,8 @@ def main(config):
         from ..evaluate.measures import Quality
 
         Quality(config, "cpu")
-    print(config.schedule.stage_count, "one" if config.one_process else ",".join(steps(config)), run.folder)
+    processes = "one" if config.one_process else ",".join(steps(config))
+    print(config.schedule.stage_count, processes, config.schedule.plateau, run.folder)
 
 
 if __name__ == "__main__":
