@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from b2diffurl.errors import UserError
-from b2diffurl.seeds import interval, lower_bound, p_value
+from b2diffurl.seeds import interval, iqm, lower_bound, p_value, stratified
 from b2diffurl.shapes import ladder
 from b2diffurl.study import benchmark, benchmark_report, results
 from b2diffurl.study.designs import DESIGNS, SPARSE
@@ -153,6 +153,32 @@ def test_the_primary_outcome_is_over_the_seeds_that_have_all_tasks():
     assert benchmark_report.primary(benchmark_report.runs_of(rows[:1]), two) == []
     more = SPARSE._replace(tasks=(*base, "a task without runs"))
     assert benchmark_report.primary(benchmark_report.runs_of(rows), more) == []
+
+
+def test_the_interquartile_mean_is_over_all_tasks_and_drawn_within_each():
+    rng = np.random.default_rng(1)
+    assert iqm([9, 1, 2, 3, -50]) == 2
+    assert iqm([1, 2, 3, 4, 5, 6, 7, 100]) == pytest.approx(4.5)
+    strata = [[0.1, 0.2, 0.3], [0.8, 0.9, 0.85, 0.7]]
+    middle, low, high = stratified(strata)
+    assert middle == iqm(strata[0] + strata[1]) == pytest.approx((0.3 + 0.2 + 0.7 + 0.8 + 0.85) / 5)
+    drawn = []  # by hand: as many of each task, whatever the tasks' levels
+    for _ in range(3000):
+        ordered = sorted(value for own in strata for value in rng.choice(own, len(own)))
+        drawn.append(np.mean(ordered[1:-1]))
+    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.02)
+    together = np.quantile([iqm(rng.choice(strata[0] + strata[1], 7)) for _ in range(3000)], (0.025, 0.975))
+    assert high - low < 0.6 * (together[1] - together[0])
+    base = {task: {"success_test": 0.2} for task in ("dark", "left")}
+    rows = [
+        {**row, "task": task}
+        for task in base
+        for seed, end in enumerate((0.5, 0.7))
+        for row in rows_of("b2", seed, (end,))
+    ]
+    (line,) = benchmark_report.middles(benchmark_report.runs_of(rows), base)[2:]
+    assert line.startswith("| b2 | dark, left | 4 | 0.400 [")
+    assert "| 0.600 [" in line
 
 
 def test_the_lower_bound_is_students():

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from ..seeds import holm, interval, lower_bound, p_value
+from ..seeds import holm, interval, lower_bound, p_value, stratified
 
 MARKS = (0.8, 0.9)  # of held-out success
 AXES = {"queries": "reward queries", "forwards": "forward passes (training one transition is 3)"}
@@ -14,7 +14,16 @@ AXES = {"queries": "reward queries", "forwards": "forward passes (training one t
 def write(out, rows, base, design):
     """Write both into the folder `out`; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
     runs = runs_of(rows)
-    lines = [*table(runs, base), "", *primary(runs, design), "", *differences(runs, base, design), ""]
+    lines = [
+        *table(runs, base),
+        "",
+        *middles(runs, base),
+        "",
+        *primary(runs, design),
+        "",
+        *differences(runs, base, design),
+        "",
+    ]
     lines += failures(rows)
     (out / "table.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     if whole := runs_of([row for row in rows if "failed" not in row]):
@@ -84,6 +93,19 @@ def table(runs, base):
     return lines
 
 
+def middles(runs, base):
+    """Markdown lines: the interquartile mean of an arm's runs on all of its tasks, by a bootstrap within each task."""
+    lines = ["| arm | tasks | runs | held-out: IQM of the area | of the end |", "| --- " * 5 + "|"]
+    for arm, settings in dict.fromkeys((arm, settings) for _, arm, settings in runs):
+        by_task = {task: own for (task, *key), own in runs.items() if key == [arm, settings]}
+        areas = [[area(path_of(run, base[task])) for run in own.values()] for task, own in by_task.items()]
+        ends = [[run[-1]["success_test"] for run in own.values()] for own in by_task.values()]
+        said = [_between(*stratified(strata)) for strata in (areas, ends)]
+        cells = (f"{arm} {settings}".strip(), ", ".join(by_task), str(sum(map(len, ends))), *said)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _median(values):
     reached = [value for value in values if np.isfinite(value)]
     middle = np.median(values) if len(reached) * 2 > len(values) else np.inf
@@ -141,8 +163,11 @@ def differences(runs, base, design):
 
 def said_of(values, form=".3f"):
     """Mean and interval over seeds, as text."""
-    mean, low, high = interval(values)
-    return f"{mean:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
+    return _between(*interval(values), form)
+
+
+def _between(middle, low, high, form=".3f"):
+    return f"{middle:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
 
 def draw(path, runs, base):
