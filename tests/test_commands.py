@@ -18,6 +18,7 @@ SMALL = (
     "--config.schedule.right=3 --config.schedule.untrained=1 --config.sample.num_steps=5 "
     "--config.train.trajectories_per_update=2 --config.evaluate.images_per_prompt=2"
 )
+SHORT = "--config.sample.num_steps=3 --config.schedule.left=2 --config.schedule.right=2 --config.schedule.untrained=1"
 RUN, LAST = "bash run_process.sh", "model/lora/shapes_b2/stage0/checkpoints/checkpoint_1"
 STARTS = re.compile(r"(?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*(?:bash|python|b2diffurl|pip) ")
 
@@ -63,15 +64,15 @@ HERE = [  # in this order: (command, {what is put in for what}, what is added)
         "--out out/mine.safetensors", {"NAME/stage99": "shapes_b2/stage0"}, "",
     ),
     ("python -m b2diffurl.when_decided --config config/stage_process.py:shapes --config.sample.groups=96 --out DIR",
-     {"DIR": "out/when", "=96": "=2"}, "--config.sample.num_steps=3"),
+     {"DIR": "out/when", "=96": "=2"}, SHORT),
     (
         "python -m b2diffurl.when_decided --config config/stage_process.py:shapes_flow --config.sample.groups=40 "
-        "--out DIR", {"DIR": "out/when_flow", "=40": "=2"}, "--config.sample.num_steps=3",
+        "--out DIR", {"DIR": "out/when_flow", "=40": "=2"}, SHORT,
     ),
     (
         "python -m b2diffurl.gradient_signal --config config/stage_process.py:shapes --config.stage=0 "
-        "--config.sample.groups=160 --config.seed=77 --out DIR", {"DIR": "out/signal", "=160": "=4"},
-        "--config.sample.num_steps=5 --config.schedule.left=3 --config.schedule.right=3 --config.exp_name=signal",
+        "--config.sample.groups=160 --config.seed=77 --out DIR",
+        {"DIR": "out/signal", "=160": "=3", "=77": "=300"}, SMALL,
     ),
     ("python -m b2diffurl.bench.memory --config config/stage_process.py:PRESET", {"PRESET": "sdv1.4"}, ""),
     ("python -m b2diffurl.bench [--preset NAME] [--device cpu|cuda] [--out DIR] [--quick]",

@@ -64,7 +64,7 @@ def test_time_is_kept(tmp_path):
 
 
 def test_the_same_code_without_a_gpu(elsewhere, capsys, without_gpu, monkeypatch):
-    """All checks in this process and one run of the driver; one check fails."""
+    """All checks in this process and two runs of the driver; one check fails."""
 
     def fails(scratch):
         raise ValueError("more than rounding")
@@ -75,13 +75,16 @@ def test_the_same_code_without_a_gpu(elsewhere, capsys, without_gpu, monkeypatch
     assert capsys.readouterr().out.splitlines()[0] == NO_GPU
     checks = ["memory", "largest batches", "throughput", "first pass", "updates"]
     assert [*rows] == [f"{p}: {check}" for p in ("bf16", "float32") for check in checks] + [
-        "several processes", "shapes run",
+        "several processes", "D-Fusion run", "shapes run",
     ]  # fmt: skip
     wrong = {name: row["lines"] for name, row in rows.items() if row["outcome"] != "passed"}
     assert wrong == {"several processes": ["ValueError: more than rounding"]}
     assert len(rows["float32: first pass"]["figures"]["by_step"]) == 8
     assert len(rows["bf16: updates"]["figures"]["grad_norms"]) == 5
     assert {row["model"] for row in rows["shapes run"]["figures"]["results"]} == {"before", "after"}
+    fused = rows["D-Fusion run"]["figures"]
+    assert 0 < fused["mask_share"] < 1
+    assert fused["ratio_first_error"] < 0.01
     assert not list(elsewhere.glob("log/*"))
     assert sorted(path.name for path in (elsewhere / "out").iterdir()) == ["gpu_check.json", "gpu_check.txt"]
 

@@ -1,4 +1,4 @@
-"""What a first run meets in the driver: several processes against one, and the default run of the shapes preset."""
+"""What a first run meets in the driver: several processes against one, the shapes preset's default run, D-Fusion."""
 
 import contextlib
 import os
@@ -53,6 +53,25 @@ def shapes_run(scratch):
         run, note = drive(scratch, "gpu_check_one", TINY, CUDA_VISIBLE_DEVICES=""), "a tiny run, which learns nothing"
     results = storage.read_json(run / "eval.json", "the evaluation")["results"]
     return [*before_after.table(results).splitlines(), note], {"results": results}
+
+
+def fused_run(scratch):
+    """A tiny run of D-Fusion, in half precision on a GPU."""
+    settings = {
+        "method": "dfusion", "sample.branches": 4, "schedule.left": 5, "schedule.right": 5, "schedule.untrained": 1,
+        "train.log_prob": "mean",
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        settings |= {"mixed_precision": "fp16"}
+    more = [f"{name}={value}" for name, value in settings.items()]
+    run = drive(scratch, "gpu_check_fused", [*TINY, *more], CUDA_VISIBLE_DEVICES=first_gpu())
+    found = {line["step"]: line for line in metrics.read(run / "metrics.jsonl")}
+    fused, error = found["fuse"], found["train"]["policy/ratio_first_error"]
+    if not fused["fuse/targets"]:
+        raise ValueError("no targets were made")
+    means = {own: fused[f"fuse/{own}"] for own in ("base_reward", "target_reward", "mask_share", "distance", "kl")}
+    line = f"{fused['fuse/targets']} targets: " + ", ".join(f"{own} {value:.3f}" for own, value in means.items())
+    return [f"{line}; a first ratio is off 1 by at most {error:.1e}"], {**means, "ratio_first_error": error}
 
 
 def first_gpu():

@@ -16,7 +16,7 @@ import torch
 from ..run import storage
 from ..run.folder import versions
 from . import meter, random_weights
-from .driver_checks import several_processes, shapes_run
+from .driver_checks import fused_run, several_processes, shapes_run
 from .precision_checks import Precision, configure
 
 LIMIT, LATEST = 25 * 60, 22 * 60  # seconds from the start until everything has ended, and until the last check begins
@@ -41,6 +41,7 @@ def main(folder):
                 report.check(title, seconds, getattr(own, name))
             del own  # and with it the models
         report.check("several processes", 180, lambda: several_processes(scratch))
+        report.check("D-Fusion run", 120, lambda: fused_run(scratch))
         report.check("shapes run", 300, lambda: shapes_run(scratch))
     return report.end()
 
