@@ -176,6 +176,7 @@ def test_a_sharded_denoiser_computes_as_the_whole_one(flux_flags, tmp_path):
     assert lines.count(["refused"]) == 2
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_the_whole_one(flux_flags, tmp_path):
     """The preset for FLUX under the configuration that is shipped, on two processes of the CPU; one without shards."""
     config = parse(["x", "--config", "config/stage_process.py:flux", *flux_flags, f"--config.save_path={tmp_path}"])[0]
@@ -225,6 +226,7 @@ def test_a_process_ends_with_its_launcher():
 FEW = ("sample.groups=1", "method=ddpo", "schedule.stage_count=1")
 
 
+@pytest.mark.slow
 def test_with_fewer_groups_than_processes_a_reward_that_fails_on_one_ends_all(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import os\n\n\ndef reward(images, prompts):\n"

@@ -63,6 +63,7 @@ def test_time_is_kept(tmp_path):
     assert Report(tmp_path).end() == 0  # a new report begins afresh
 
 
+@pytest.mark.slow
 def test_the_same_code_without_a_gpu(elsewhere, capsys, without_gpu, monkeypatch):
     """All checks in this process and two runs of the driver; one check fails."""
 

@@ -45,8 +45,7 @@ def configure(folder, *more):
 
 
 def run_stage(folder, stage, *more):
-    for step in (sample, select, train):
-        step.main(configure(folder, f"--config.stage={stage}", *more))
+    loop.run_stage(configure(folder, f"--config.stage={stage}", *more))
 
 
 def metrics_of(folder):

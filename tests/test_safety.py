@@ -22,7 +22,7 @@ from b2diffurl.run import folder as run_folder
 from b2diffurl.run import lock, storage
 from b2diffurl.run.command import parse, run_main
 from b2diffurl.run.folder import Run, checkpoint_of, flat, require_shared
-from b2diffurl.stages import sample, select, train
+from b2diffurl.stages import loop, sample, select, train
 
 SMALL = (
     "sample.groups=3", "sample.branches=3", "schedule.stage_count=4", "schedule.left=2", "schedule.right=3",
@@ -41,8 +41,7 @@ def configure(folder, *more):
 
 
 def run_stage(folder, stage, *more):
-    for step in (sample, select, train):
-        step.main(configure(folder, f"stage={stage}", *more))
+    loop.run_stage(configure(folder, f"stage={stage}", *more))
 
 
 @pytest.fixture(scope="module")

@@ -101,18 +101,19 @@ def test_reward_prefers_the_true_caption(template):
     assert clip.swap_accuracy(WORLD / "clip", template, 1000, seed=6) >= 0.97
 
 
-@pytest.mark.parametrize("pictures", [60, pytest.param(720, marks=pytest.mark.slow)])
-def test_base_alignment_leaves_room_to_learn(pipeline, pictures):
+@pytest.mark.parametrize(
+    ("templates", "pictures"), [(("attribute",), 60), pytest.param(TEMPLATES, 720, marks=pytest.mark.slow)]
+)
+def test_base_alignment_leaves_room_to_learn(pipeline, templates, pictures):
     shares = {}
-    for template in TEMPLATES:
+    for template in templates:
         prompts = [p for prompts in prompt_lists(template) for p in prompts]
         shares[f"base_{template}"], *_ = diffusion.base_alignment(
             pipeline, prompts, -(-pictures // len(prompts)), seed=8, eta=1.0
         )
     slack = pictures**-0.5  # two standard errors; the model card has the figures from 720
     assert 0.40 - slack <= shares["base_attribute"] <= 0.75 + slack
-    assert shares["base_relation"] >= 0.25 - slack
-    assert shares["base_composition"] >= 0.25 - slack
+    assert min(shares.values()) >= 0.25 - slack
 
 
 def test_committed_figures_are_within_their_bounds():

@@ -1,1 +1,1 @@
-"""What a run looks like: curves after every stage, one HTML page."""
+"""What a run looks like: one HTML page, and its curves."""

@@ -14,12 +14,12 @@ PANELS = (
 )
 
 
-def draw(run):
-    """Write <run>/curves.png, atomically; panels without data are left out."""
+def draw(folder):
+    """Write <folder>/curves.png of a run's folder, atomically; panels without data are left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = metrics.read(run.metrics)
+    records = metrics.read(folder / "metrics.jsonl")
     lengths = {r["stage"]: r["interval/length"] for r in records if "interval/length" in r}
     series = [
         (title, [(r["stage"], r[key]) for r in records if r["step"] == step and key in r])
@@ -38,6 +38,6 @@ def draw(run):
             if stage and lengths.get(stage - 1) != length:
                 axes.axvline(stage - 0.5, color="0.8", zorder=0)
         axes.set(title=title, xlabel="stage (a line: the interval grows)")
-    aside = run.folder / "curves.tmp.png"
+    aside = folder / "curves.tmp.png"
     FigureCanvasAgg(figure).print_png(aside)
-    os.replace(aside, run.folder / "curves.png")
+    os.replace(aside, folder / "curves.png")

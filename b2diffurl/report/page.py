@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..evaluate.before_after import table
 from ..plan import METHODS
 from ..run import metrics, storage
+from . import curves
 from .embedded import data_uri, picture
 from .fused import strip
 
@@ -43,7 +44,7 @@ COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#b
 
 
 def main(folder):
-    """Write <folder>/report.html. Raises UserError where there is no run."""
+    """Write <folder>/report.html and curves.png. Raises UserError where there is no run."""
     folder = pathlib.Path(folder)
     records = metrics.read(folder / "metrics.jsonl")
     if not records:
@@ -67,6 +68,7 @@ def main(folder):
     aside = folder / "report.html.tmp"
     aside.write_text(page, encoding="utf-8")
     os.replace(aside, folder / "report.html")
+    curves.draw(folder)
 
 
 def environment():

@@ -24,7 +24,8 @@ REPORT_EVERY = 20  # times what report.html takes: so much of the run lies betwe
 
 
 def run_stage(config, started=None, loaded=None):
-    """The steps of config.stage; started, loaded: as the steps take them."""
+    """The steps of config.stage; started: as the steps take it; loaded: their Models, the stage's own unless given."""
+    loaded = loaded or Models(config)
     mains = {"sample": sample.main, "select": select.main, "fuse": fuse.main, "train": train.main}
     for step in steps(config):
         mains[step](config, started, loaded)

@@ -18,7 +18,6 @@ from ..first_pass import PolicyMismatch
 from ..models import Models
 from ..noise import stream_seed
 from ..plan import METHODS, pair_plan, stage_plan
-from ..report import curves
 from ..run import metrics, processes, storage
 from ..run.folder import flat, prune, that_matter
 from ..run.tracking import track
@@ -72,7 +71,6 @@ def main(config, started=None, loaded=None):
         return
     prune(run, config)
     track(config, "train", values, log)
-    curves.draw(run)
     left = metrics.duration(metrics.seconds_left(run.metrics, config))
     log.info(f"stage {config.stage} train: {_summary(config, values, experience.samples)}; {left} to the evaluation")
 
