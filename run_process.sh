@@ -54,14 +54,14 @@ report() { # of several machines the first one writes it
   [ "${machine:-0}" != 0 ] || "$PYTHON" -m b2diffurl.report "$folder" >/dev/null || echo "report.html was not written"
 }
 
-last_lora() { # of a run that ended at a plateau too; the LoRA's average where config.train.ema_decay keeps one
-  while [ "$stages" -gt 1 ] && [ ! -d "$folder/stage$((stages - 1))/checkpoints" ]; do stages=$((stages - 1)); done
+last_lora() { # the LoRA's average where config.train.ema_decay keeps one
   last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
   if [ -d "$last/ema" ]; then last=$last/ema; fi
 }
 
 if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process
   "${launch[@]}" -m b2diffurl.stages.loop "${config[@]}"
+  while [ "$stages" -gt 1 ] && [ ! -d "$folder/stage$((stages - 1))/checkpoints" ]; do stages=$((stages - 1)); done # a plateau
   last_lora
 else
   for ((stage = 0; stage < stages; stage++)); do
@@ -69,9 +69,13 @@ else
       echo "stage $stage: complete already"
       continue
     fi
-    if [ "$plateau" -gt 0 ] && [ "$("$PYTHON" -m b2diffurl.stages.plateau "${config[@]}" "--config.stage=$stage")" ]; then
-      echo "stage $stage is not begun: the reward has not risen over the last $((2 * plateau)) stages"
-      break
+    if [ "$plateau" -gt 0 ]; then # asked by all processes, on all machines
+      said=$("${launch[@]}" -m b2diffurl.stages.plateau "${config[@]}" "--config.stage=$stage")
+      if grep -qx plateau <<<"$said"; then
+        echo "stage $stage is not begun: the reward has not risen over the last $((2 * plateau)) stages"
+        stages=$stage
+        break
+      fi
     fi
     for step in ${processes//,/ }; do
       "${launch[@]}" "run_$step.py" "${config[@]}" "--config.stage=$stage"
@@ -84,4 +88,4 @@ else
 fi
 
 echo "Everything is in $folder: report.html (open it in a browser), metrics.jsonl, the LoRA in ${last#"$folder"/}."
-echo "Next: try your own prompts with --config.prompts.train=FILE --config.exp_name=NAME (see README.md)."
+echo "Next: try your own prompts with --config.prompts.train=FILE --config.prompts.test=FILE --config.exp_name=NAME (see README.md)."

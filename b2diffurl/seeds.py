@@ -47,8 +47,11 @@ def stratified(strata, resamples=5000):
     """iqm of all values, and its 95 % interval by a bootstrap within each stratum: (iqm, low, high).
 
     strata: a list of values for each task (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice").
-    With few seeds it is too narrow, as every bootstrap is: it describes, and decides nothing.
+    With few seeds it is too narrow, as every bootstrap is: it describes, and decides nothing; with a single value in a
+    stratum there is none (nan).
     """
+    if min(map(len, strata)) < 2:
+        return iqm(np.concatenate(strata)), np.nan, np.nan
     rng = np.random.default_rng(0)
     drawn = [rng.choice(np.asarray(values, dtype=float), (resamples, len(values))) for values in strata]
     low, high = np.quantile(iqm(np.concatenate(drawn, axis=1)), (0.025, 0.975))

@@ -33,7 +33,7 @@ def sdv1_4():
     config.allow_tf32 = True  # on a GPU, where mixed_precision is "no": faster, 10 bits of mantissa; rewards never
     config.one_process = True  # run_process.sh: all steps in one warm process per GPU; False: each step in its own
     config.sharded = False  # of several processes, each keeps a part of the denoiser's weights: for one GPU too small
-    config.log_with = ""  # wandb | tensorboard | trackio (these into log/) also get every metrics line; "": none
+    config.log_with = ""  # wandb | tensorboard | trackio also get every metrics line, in log/; "": none
 
     config.keep = ml_collections.ConfigDict()  # of how many stages, the latest ones, these stay on disk; 0: of all
     config.keep.images = 10  # images/; 0.5 to 0.7 GB per stage here
@@ -75,7 +75,7 @@ def sdv1_4():
     config.reward.name = "clip"  # clip | bertscore | aesthetic | pickscore | hpsv2 | jpeg_compressibility |
     # jpeg_incompressibility | package.module:function of your own | http://HOST:PORT/PATH (docs/rewards.md) | a mix
     # such as "clip:1.0 + aesthetic:0.2"
-    config.reward.batch_size = 32  # images per reward call [8]
+    config.reward.batch_size = 32  # images per call of a reward model or server [8]
     config.reward.timeout = 300.0  # seconds that a server may take for one
     config.reward.model = "ViT-H-14"  # of clip and of the diversity measure: an OpenCLIP architecture or local-dir:DIR
     config.reward.weights = "laion2b_s32b_b79k"  # its weights' tag, or "" with local-dir

@@ -169,6 +169,7 @@ def test_the_interquartile_mean_is_over_all_tasks_and_drawn_within_each():
     assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.02)
     together = np.quantile([iqm(rng.choice(strata[0] + strata[1], 7)) for _ in range(3000)], (0.025, 0.975))
     assert high - low < 0.6 * (together[1] - together[0])
+    assert np.isnan(stratified([[0.5], [0.1, 0.2]])[1:]).all()
     base = {task: {"success_test": 0.2} for task in ("dark", "left")}
     rows = [
         {**row, "task": task}

@@ -24,7 +24,7 @@ STARTS = re.compile(r"(?:[A-Z_]+=(?:\"[^\"]*\"|\S+) )*(?:bash|python|b2diffurl|p
 
 HERE = [  # in this order: (command, {what is put in for what}, what is added)
     (RUN, {}, SMALL),
-    (f"{RUN} --dry-run …", {" …": ""}, SMALL),
+    (f"{RUN} --dry-run", {}, SMALL),
     (f"PRESET=shapes {RUN}", {}, SMALL),  # complete already
     (f"PYTHON=/path/to/python {RUN}", {"/path/to/python": sys.executable}, SMALL),
     ("b2diffurl process", {"b2diffurl": "python -m b2diffurl"}, SMALL),
@@ -32,6 +32,9 @@ HERE = [  # in this order: (command, {what is put in for what}, what is added)
         f"{RUN} --config.prompts.train=mine.json --config.prompts.test=mine_test.json --config.exp_name=mine",
         {}, SMALL,
     ),
+    (f"{RUN} --config.sample.groups=24 --config.exp_name=mine", {"=24": "=2", "=mine": "=few"}, SMALL.replace(
+        "--config.sample.groups=3 ", "")),
+    (f"{RUN} --config.reward.name=mine:score --config.exp_name=red", {}, SMALL),
     (f"{RUN} --config.seed=S --config.exp_name=shapes_seedS", {"=S ": "=2 ", "shapes_seedS": "second"}, SMALL),
     ("python docs/reward_server.py 8000", {}, ""),
     (f"{RUN} --config.reward.name=http://localhost:8000/score --config.exp_name=bright", {}, SMALL),
@@ -57,8 +60,8 @@ HERE = [  # in this order: (command, {what is put in for what}, what is added)
     ("python -m b2diffurl.report model/lora/shapes_b2 model/lora/second --out compare.html", {}, ""),
     ("python -m b2diffurl.report.fused model/lora/NAME/stage0 --out FILE",
      {"NAME": "shapes_dfusion", "FILE": "out/fused.png"}, ""),
-    ("python -m b2diffurl.export CHECKPOINT --format kohya --card --out FILE",
-     {"CHECKPOINT": LAST, "FILE": "out/card/mine.safetensors"}, ""),
+    ("python -m b2diffurl.export model/lora/shapes_b2/stage11/checkpoints/checkpoint_1 --format kohya --card "
+     "--out out/mine.safetensors", {"stage11": "stage0", "out/": "out/card/"}, ""),
     (
         "python -m b2diffurl.export model/lora/NAME/stage99/checkpoints/checkpoint_1 --format kohya --card "
         "--out out/mine.safetensors", {"NAME/stage99": "shapes_b2/stage0"}, "",
@@ -97,6 +100,10 @@ ELSEWHERE = {
     "pip install tensorboard": DOWNLOAD,
     "pip install trackio": DOWNLOAD,
     "mkdir -p model/rewards": DOWNLOAD,
+    'python -c "import torch, safetensors.torch as s; s.save_file(torch.load(\'sac+logos+ava1-l14-linearMSE.pth\', '
+    "weights_only=True), 'model/rewards/aesthetic_head.safetensors')\"": DOWNLOAD,
+    'python -c "import torch, safetensors.torch as s; s.save_file(torch.load(\'HPS_v2.1_compressed.pt\', '
+    "weights_only=True)['state_dict'], 'model/rewards/hpsv2.safetensors')\"": DOWNLOAD,
     **dict.fromkeys((
         "python -m b2diffurl.study --out docs/study",
         "python -m b2diffurl.study --search --out docs/study",
@@ -117,8 +124,13 @@ def commands(text):
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     found = [line.split("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     rest = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    found += [span for span in re.findall(r"`([^`]+)`", rest) if STARTS.match(span)]
-    return {" ".join(command.split()) for command in found if not command.startswith("python -c")}
+    found += [span for span in re.findall(r"`([^`]+)`", rest) if STARTS.match(" ".join(span.split()))]
+    return {" ".join(command.split()) for command in found}
+
+
+def python_blocks(page):
+    """The Python code that a page shows."""
+    return re.findall(r"```python\n(.*?)```", pathlib.Path(page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_every_command_of_the_pages_is_here_and_no_other():
@@ -137,6 +149,7 @@ def clone(tmp_path):
     (tmp_path / "model").mkdir()
     for name in ("shapes", "shapes_flow"):
         (tmp_path / "model" / name).symlink_to(pathlib.Path("model", name).resolve())
+    (tmp_path / "mine.py").write_text(next(code for code in python_blocks("docs/rewards.md") if "mine.py" in code))
     for name, prompts in (("mine", ["a red circle", "a blue ring"]), ("mine_test", ["a red ring"])):
         (tmp_path / f"{name}.json").write_text(json.dumps(prompts))
     return tmp_path
@@ -181,5 +194,14 @@ def test_every_command_runs(clone):
         if server:
             server.kill()
             server.wait()
-    for name in ("model/lora/mine/report.html", "compare.html", "out/mine.safetensors", "out/card/README.md"):
+    (snippet,) = python_blocks("README.md")
+    code = snippet.replace("stage11", "stage0")
+    subprocess.run([sys.executable, "-c", code], cwd=clone, env=environment, check=True, capture_output=True)
+    for name in (
+        "red_circle.png",
+        "model/lora/mine/report.html",
+        "compare.html",
+        "out/mine.safetensors",
+        "out/card/README.md",
+    ):
         assert (clone / name).stat().st_size > 0

@@ -1,22 +1,27 @@
 """Rewards from another process: the server of the docs, what it is asked and when, and what its failures cost."""
 
+import contextlib
 import http.server
 import importlib.util
 import json
 import math
 import socket
 import threading
+import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from b2diffurl.errors import UserError
+from b2diffurl.evaluate import before_after
 from b2diffurl.models import Models
-from b2diffurl.rewards import load_reward, remote
+from b2diffurl.rewards import Reward, load_reward, remote
 from b2diffurl.rewards.answers import Answers
 from b2diffurl.run.command import parse
 from b2diffurl.stages import sample, select
 from b2diffurl.stages.begin import COMPLETE
+from b2diffurl.stages.scoring import asking
 
 spec = importlib.util.spec_from_file_location("reward_server", "docs/reward_server.py")
 reference = importlib.util.module_from_spec(spec)
@@ -116,7 +121,7 @@ def test_no_picture_is_asked_about_twice(server, tmp_path):
     """In a folder of answers: not by the same process, nor by the next one, nor after a torn line."""
     Judge.answers = [(200, b'{"scores": [0.25, NaN]}'), (400, b"broken")]
     reward = load(f"--config.reward.name={server}", "--config.reward.batch_size=2")
-    with reward.keeping(tmp_path / "answers"):
+    with reward.answers_in(tmp_path / "answers"):
         with pytest.raises(UserError, match="HTTP 400: broken"):
             reward.ask(grey(0, 51, 102, 153), ["p"] * 4)
         (path,) = (tmp_path / "answers").iterdir()
@@ -177,6 +182,7 @@ def test_a_server_that_fails_meanwhile_is_asked_again_for_the_rest(server, tmp_p
     good = json.dumps({"scores": [0.5, 0.75]}).encode()
     Judge.answers = [(200, good), (400, b"out of memory")]
     sample.main(config, loaded=loaded)
+    assert (stage / COMPLETE["sample"]).exists()
     said = capsys.readouterr().out
     assert "run_select.py will ask again" in said
     assert "HTTP 400: out of memory" in said
@@ -188,3 +194,78 @@ def test_a_server_that_fails_meanwhile_is_asked_again_for_the_rest(server, tmp_p
     assert len(Judge.seen) == 5  # of nine: two times two had been answered before
     rewards = [row["reward"] for row in json.loads((stage / COMPLETE["select"]).read_text())["scores"]]
     assert rewards[:4] == [0.5, 0.75, 0.5, 0.75]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_what_is_sampled_is_safe_while_a_server_still_judges(server, tmp_path, monkeypatch):
+    """The server's first answer comes only when samples.json is there."""
+    stage, score = tmp_path / "runs/t/stage0", reference.score
+
+    def late(*given):
+        for _ in range(2000):
+            if (stage / COMPLETE["sample"]).exists():
+                return score(*given)
+            time.sleep(0.01)
+        raise TimeoutError
+
+    monkeypatch.setattr(reference, "score", late)
+    sample.main(small_stage(tmp_path / "runs", server))
+    assert len(Answers(stage / "answers")) == 9
+    assert json.loads((tmp_path / "runs/t/metrics.jsonl").read_text())["perf/images_per_s"] > 0
+
+
+def test_requests_are_as_large_as_what_waits_and_what_waits_is_dropped_with_the_block(server, tmp_path, monkeypatch):
+    asked, go = [], threading.Event()
+
+    def ask(self, images, prompts):
+        asked.append(len(images))
+        assert go.wait(20)
+
+    monkeypatch.setattr(Reward, "ask", ask)
+    config = small_stage(tmp_path, server, "--config.reward.batch_size=5")
+    pictures = np.zeros((2, 4, 4, 3), dtype=np.uint8)
+    with asking(config, tmp_path, None) as give:
+        give(pictures, None, ["p"] * 2)
+        while not asked:
+            time.sleep(0.01)
+        for _ in range(4):
+            give(pictures, None, ["p"] * 2)
+        go.set()
+    assert asked == [2, 6, 2]
+    asked.clear()
+    go.clear()
+    with contextlib.suppress(KeyboardInterrupt), asking(config, tmp_path, None) as give:
+        give(pictures, None, ["p"] * 2)
+        while not asked:
+            time.sleep(0.01)
+        give(pictures, None, ["p"] * 2)
+        raise KeyboardInterrupt
+    go.set()
+    time.sleep(0.2)
+    assert asked == [2]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_an_evaluation_that_a_server_stopped_asks_for_the_rest_alone(server, tmp_path, monkeypatch):
+    config = small_stage(tmp_path / "runs", server, "--config.evaluate.images_per_prompt=1")
+    checkpoint, out, count = tmp_path / "lora", tmp_path / "out", []
+    checkpoint.mkdir()
+    (checkpoint / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    (out / "answers").mkdir(parents=True)  # somebody's own
+
+    def generate(loaded, lists, folder, label):
+        count.append(sum(map(len, lists.values())))
+        pictures = iter(range(100 * len(count), 1000))
+        return {
+            name: [Image.new("RGB", (32, 32), (next(pictures) % 256,) * 3) for _ in own] for name, own in lists.items()
+        }
+
+    monkeypatch.setattr(before_after, "generate", generate)
+    Judge.answers = [(200, b'{"scores": [0.5, 0.5]}'), (400, b"no")]
+    with pytest.raises(UserError, match="HTTP 400: no"):
+        before_after.main(config, checkpoint, out)
+    assert len(Answers(out)) == 2
+    count.clear()
+    before_after.main(config, checkpoint, out)
+    assert len(Judge.seen) == sum(count) - 2
+    assert sorted(path.name for path in out.iterdir()) == ["answers", "before_after.png", "eval.json"]

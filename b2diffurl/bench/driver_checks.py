@@ -59,7 +59,7 @@ def fused_run(scratch):
     """A tiny run of D-Fusion, in half precision on a GPU."""
     settings = {
         "method": "dfusion", "sample.branches": 4, "schedule.left": 5, "schedule.right": 5, "schedule.untrained": 1,
-        "train.log_prob": "mean",
+        "train.log_prob": "mean", "train.algorithm": "dpo",
     }  # fmt: skip
     if torch.cuda.is_available():
         settings |= {"mixed_precision": "fp16"}
@@ -67,8 +67,8 @@ def fused_run(scratch):
     run = drive(scratch, "gpu_check_fused", [*TINY, *more], CUDA_VISIBLE_DEVICES=first_gpu())
     found = {line["step"]: line for line in metrics.read(run / "metrics.jsonl")}
     fused, error = found["fuse"], found["train"]["policy/ratio_first_error"]
-    if not fused["fuse/targets"]:
-        raise ValueError("no targets were made")
+    if not fused["fuse/targets"] or not found["train"]["train/updates"]:
+        raise ValueError("no targets were made, or nothing was trained on them")
     means = {own: fused[f"fuse/{own}"] for own in ("base_reward", "target_reward", "mask_share", "distance", "kl")}
     line = f"{fused['fuse/targets']} targets: " + ", ".join(f"{own} {value:.3f}" for own, value in means.items())
     return [f"{line}; a first ratio is off 1 by at most {error:.1e}"], {**means, "ratio_first_error": error}

@@ -7,7 +7,6 @@
 import hashlib
 import os
 import pathlib
-import shutil
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from ..guidance import take, to_device
 from ..models import Models
 from ..noise import stream_noise, stream_seed
 from ..rewards import clip_of
+from ..rewards.answers import forget
 from ..rollout import denoise
 from ..run import processes, storage
 from ..run.folder import Run, start_log
@@ -69,7 +69,7 @@ def main(config, checkpoint, out, prompts="", loaded=None):
         images = generate(evaluated, lists, folder, model)
         if first:
             clip, quality = measures
-            with loaded.scoring() as reward, reward.keeping(out / "answers"):
+            with loaded.scoring() as reward, reward.answers_in(out):
                 for name, own in lists.items():
                     figures = measure(config, reward, clip, own, images[name]) | quality(images[name], count)
                     results.append({"model": model, "prompts": name, **figures})
@@ -80,7 +80,7 @@ def main(config, checkpoint, out, prompts="", loaded=None):
         contact_sheet.draw(lists, pictures).save(out / "before_after.tmp.png")
         os.replace(out / "before_after.tmp.png", out / "before_after.png")
         storage.write_json(out / "eval.json", {"settings": settings, "results": results})
-        shutil.rmtree(out / "answers", ignore_errors=True)
+        forget(out)
         log.info(table(results))
     processes.barrier()
 

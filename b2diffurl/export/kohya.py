@@ -31,7 +31,8 @@ def convert(lora, denoiser):
     elif all(name.startswith("unet.") for name in lora):
         pairs = {layer: pairs[name] for name, layer in _unet_layers(pairs).items()}
     else:
-        raise UserError(f"{denoiser}: kohya's form of its LoRA is not known; --format diffusers")
+        what = denoiser or "a file that does not name its denoiser"
+        raise UserError(f"{what}: kohya's form of its LoRA is not known; --format diffusers")
     found = {}
     for layer, matrices in pairs.items():
         found |= {f"lora_unet_{layer}.{SIDES[side]}.weight": matrix for side, matrix in matrices.items()}

@@ -128,11 +128,16 @@ def save(denoiser, folder, metadata=None):
         os.fspath(folder),
         **{f"{component}_lora_layers": _as_stored(parameters(denoiser))},
         save_function=lambda weights, path: storage.write_tensors(
-            pathlib.Path(path), weights, {"format": "pt", "denoiser": type(denoiser).__name__, **(metadata or {})}
+            pathlib.Path(path), weights, {"format": "pt", "denoiser": _kind(denoiser), **(metadata or {})}
         ),
     )
 
 
 def _component(denoiser):
     """What pipelines call the denoiser, and LoRA files put before its layers' names."""
-    return "unet" if type(denoiser).__name__.startswith("UNet") else "transformer"
+    return "unet" if _kind(denoiser).startswith("UNet") else "transformer"
+
+
+def _kind(denoiser):
+    """Its class's name in diffusers, also where FSDP2 has put a class of its own over it."""
+    return next(own.__name__ for own in type(denoiser).__mro__ if own.__module__.startswith("diffusers."))

@@ -87,7 +87,8 @@ def status(folder, records):
     stage, step = max((r["stage"], STEPS.index(r["step"])) for r in records)
     planned = (read(folder / "config.json") or {}).get("schedule.stage_count")
     queries = [r["reward/queries"] for r in records if "reward/queries" in r]
-    over = planned == stage + 1 and step == len(STEPS) - 1
+    evaluated = (read(folder / "eval.json") or {}).get("settings", {}).get("checkpoint", "")  # ended at a plateau
+    over = step == len(STEPS) - 1 and (planned == stage + 1 or f"stage{stage}" in pathlib.Path(evaluated).parts)
     return [
         ("state", "complete" if over else f"last finished: {STEPS[step]} of stage {stage}"),
         ("stages", f"{stage + 1}" + (f" of {planned}" if planned else "")),

@@ -40,8 +40,8 @@ class Reward:
         }
 
     @contextlib.contextmanager
-    def keeping(self, folder):
-        """Meanwhile a server's answers are kept in the folder, and what is answered there is not asked again."""
+    def answers_in(self, folder):
+        """Meanwhile servers' answers are written into the folder, and what is answered there is not asked again."""
         servers = [reward for _, _, reward in self.terms if isinstance(reward, Remote)]
         for server in servers:
             server.folder = folder

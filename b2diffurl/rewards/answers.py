@@ -1,5 +1,6 @@
-"""What reward servers have answered, kept in a folder until their step is complete: no picture is paid for twice."""
+"""What reward servers have answered, in a folder until their step is complete: no picture is paid for twice."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,15 +15,15 @@ def key(url, image, prompt, metadata):
 
 
 class Answers(dict):
-    """{key: score} of all processes' files in a folder, `<rank>.jsonl`, a line an answer; a killed process loses none.
+    """{key: score} of all processes' files in a folder, `answers<rank>.jsonl`, a line an answer; in memory for None.
 
-    The folder is made with the first answer.
+    A process that is killed loses none. The folder is made with the first answer.
     """
 
     def __init__(self, folder):
         super().__init__()
-        self.path = folder / f"{processes.rank()}.jsonl"
-        for path in folder.glob("*.jsonl"):
+        self.path = folder and folder / f"answers{processes.rank()}.jsonl"
+        for path in _files(folder) if folder else ():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     name, score = json.loads(line)
@@ -30,10 +31,23 @@ class Answers(dict):
                     continue
                 self[name] = score
 
-    def keep(self, answers):
-        """Add {key: score}; scores that are no finite number are not kept on disk, since they stop the step."""
+    def add(self, answers):
+        """Take in {key: score}; scores that are no finite number are not written, since they stop the step."""
         self.update(answers)
-        lines = [json.dumps([name, score]) + "\n" for name, score in answers.items() if math.isfinite(score)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write("\n" + "".join(lines))  # a line of its own, even below a torn one
+        if self.path:
+            lines = [json.dumps([name, score]) + "\n" for name, score in answers.items() if math.isfinite(score)]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write("\n" + "".join(lines))  # a line of its own, even below a torn one
+
+
+def forget(folder):
+    """Delete the answers in a folder, and the folder where it holds nothing else."""
+    for path in _files(folder):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _files(folder):
+    return sorted(folder.glob("answers[0-9]*.jsonl"))

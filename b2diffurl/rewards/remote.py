@@ -21,7 +21,7 @@ WAITS = (1, 2, 4, 8, 16, 32)  # seconds before another try: a server that starts
 class Remote:
     """A server's judgement; reward(images, prompts, metadata) -> N numbers, batch_size images per request."""
 
-    folder = None  # where the answers are kept, and looked up before the server is asked
+    folder = None  # where answers are written, and looked up before the server is asked
 
     def __init__(self, url, batch_size, timeout):
         self.url, self.batch_size, self.timeout = url, batch_size, timeout
@@ -32,13 +32,12 @@ class Remote:
         Raises UserError where the server has no answer that fits.
         """
         keys = [key(self.url, *asked) for asked in zip(images, prompts, metadata, strict=True)]
-        known = Answers(self.folder) if self.folder else {}
+        known = Answers(self.folder)
         left = [i for i, own in enumerate(keys) if own not in known]
         for first in range(0, len(left), self.batch_size):
             batch = left[first : first + self.batch_size]
             scores = self._ask(*([given[i] for i in batch] for given in (images, prompts, metadata)))
-            answers = dict(zip([keys[i] for i in batch], scores, strict=True))
-            known.keep(answers) if self.folder else known.update(answers)
+            known.add(dict(zip([keys[i] for i in batch], scores, strict=True)))
         return [known[own] for own in keys]
 
     def _ask(self, images, prompts, metadata):

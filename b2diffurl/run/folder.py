@@ -96,7 +96,7 @@ class Run:
     def check(self, config):
         """Raise UserError if the run was begun with other settings, prompts among them. Nothing is written.
 
-        What only changes speed, reporting or the evaluation may change: see FREE.
+        What only changes speed, reporting, the evaluation or when the run ends may change: see FREE.
         """
         path = self.folder / "config.json"
         if not path.exists():

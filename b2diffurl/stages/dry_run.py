@@ -29,7 +29,8 @@ def main(config):
     fused = queries(config) - images
     stored = rates.sizes(config, latent, pictures[0])["stored_bytes_per_image"] * (images + 2 * fused)
     before_after = 2 * config.evaluate.images_per_prompt * len(prompts(config))
-    kept = min(len(plans), max(config.keep.trajectories, config.keep.images) or len(plans))
+    keep = (config.keep.trajectories, config.keep.images)
+    kept = min(len(plans), max(keep)) if all(keep) else len(plans)  # 0: of all stages
     peaks = [phase["peak_bytes"] for phase in (sampling, scoring, training) if phase["peak_bytes"]]
     steps = config.evaluate.num_steps or config.sample.num_steps
     asked = statistics.mean(evaluations(config, plan) for plan in plans)

@@ -1,7 +1,6 @@
 """D-Fusion's step, between select and train: denoise bases again with their references fused in, score the targets."""
 
 import functools
-import shutil
 import time
 
 import numpy as np
@@ -12,6 +11,7 @@ from ..errors import UserError
 from ..guidance import take
 from ..models import Models
 from ..plan import METHODS, pair_plan, stage_plan
+from ..rewards.answers import forget
 from ..rewards.history import RewardHistory, standardise
 from ..run import metrics, processes, storage
 from ..run.tracking import track
@@ -51,7 +51,7 @@ def main(config, started=None, loaded=None):
     with storage.fresh_folder(run.stage / "fused") as folder:
         tensors = _make(config, run, policy, pairs, (take(cond, of_pair), words[of_pair]), folder)
     answers = run.stage / "answers"
-    with loaded.scoring() as reward, reward.keeping(answers):
+    with loaded.scoring() as reward, reward.answers_in(answers):
         found = _score(config, run, pairs, reward) if pairs else (np.zeros(0), {}, np.zeros((0, 2)))
 
     def conclude():
@@ -73,7 +73,7 @@ def main(config, started=None, loaded=None):
         metrics.record(run.metrics, config, "fuse", values)
         kl = {plan.start + i: round(own, 4) for i, own in enumerate(tensors["kl"].mean(0).tolist())} if pairs else {}
         storage.write_json(run.stage / "fused.json", {"targets": table, "kl": kl})  # last: the step is complete
-        shutil.rmtree(answers, ignore_errors=True)
+        forget(answers)
         track(config, "fuse", values, log)
         log.info(f"stage {config.stage} fuse: {_summary(values)}")
         _warn(config, tensors["mask_share"].numpy(), log)

@@ -15,7 +15,7 @@ from ..models import Models
 from ..report import page
 from ..run import processes
 from ..run.command import run_main
-from ..run.folder import Run
+from ..run.folder import Run, start_log
 from . import fuse, sample, select, train
 from .begin import steps
 from .plateau import reached
@@ -40,8 +40,8 @@ def main(config):
         complete = processes.first((Run(config).stage / "checkpoints").is_dir())
         if not complete and processes.first(reached(config)):
             over = 2 * config.schedule.plateau
-            if processes.rank() == 0:
-                print(f"stage {stage} is not begun: the reward has not risen over the last {over} stages", flush=True)
+            log = start_log(Run(config))
+            log.info(f"stage {stage} is not begun: the reward has not risen over the last {over} stages")
             break
         run = Run(config)
         if complete:

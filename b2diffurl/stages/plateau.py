@@ -4,7 +4,9 @@
 where stage S is not to be begun.
 """
 
-from ..run import metrics
+import os
+
+from ..run import metrics, processes
 from ..run.command import run_main
 from ..run.folder import Run
 from ..watch import level
@@ -21,8 +23,8 @@ def reached(config):
 
 
 def main(config):
-    """Print what run_process.sh asks."""
-    if reached(config):
+    """Print what run_process.sh asks, once on every machine; process 0 decides for all."""
+    if processes.first(reached(config)) and os.environ.get("LOCAL_RANK", "0") == "0":
         print("plateau")
 
 

@@ -56,19 +56,20 @@ def main(config, started=None, loaded=None):
         for future in saving:
             future.result()
 
-    answers, pool = asking(config, run.stage / "answers", log), concurrent.futures.ThreadPoolExecutor(4)
-    with answers as ask, storage.fresh_folder(run.stage / "images") as folder, pool:
-        processes.agree(work)
-    tensors = storage.join_shares(run.stage, tensors)
-    if processes.rank():
-        processes.barrier()
-        return
-    forest = rollout.assemble(plan, tensors["states"], tensors["log_prob"], of_group)
-    write_rollout(run.stage / "samples.safetensors", forest, cond, loaded.family.embed([""]))
-    values = _figures(config, plan, loaded.family.evaluations, started, ready)
-    metrics.record(run.metrics, config, "sample", values)
-    storage.write_json(run.stage / "samples.json", rows)
+    with asking(config, run.stage / "answers", log) as ask:  # to its end, which waits: what is sampled is safe by then
+        with storage.fresh_folder(run.stage / "images") as folder, concurrent.futures.ThreadPoolExecutor(4) as pool:
+            processes.agree(work)
+        times = {"started": started, "ready": ready, "sampled": time.perf_counter()}
+        tensors = storage.join_shares(run.stage, tensors)
+        if processes.rank() == 0:
+            forest = rollout.assemble(plan, tensors["states"], tensors["log_prob"], of_group)
+            write_rollout(run.stage / "samples.safetensors", forest, cond, loaded.family.embed([""]))
+            values = _figures(config, plan, loaded.family.evaluations, times)
+            metrics.record(run.metrics, config, "sample", values)
+            storage.write_json(run.stage / "samples.json", rows)
     processes.barrier()
+    if processes.rank():
+        return
     track(config, "sample", values, log)
     log.info(
         f"stage {config.stage} sample: {len(rows)} images, last {plan.steps - plan.start} of {plan.steps} steps "
@@ -76,17 +77,17 @@ def main(config, started=None, loaded=None):
     )
 
 
-def _figures(config, plan, halves, started, ready):
+def _figures(config, plan, halves, times):
     """What metrics.jsonl says of the step; halves: denoiser evaluations per guided prediction."""
-    now, images = time.perf_counter(), config.sample.groups * plan.images
+    ready, images = times["ready"], config.sample.groups * plan.images
     return {
         "interval/start": plan.start,
         "interval/length": plan.steps - plan.start,
         "sample/images": images,
         "perf/unet_evals": halves * plan.evaluations * config.sample.groups,
-        "perf/startup_s": round(ready - started, 3),
-        "perf/images_per_s": round(images / (now - ready), 3),
-        "time_s": round(now - started, 3),
+        "perf/startup_s": round(ready - times["started"], 3),
+        "perf/images_per_s": round(images / (times["sampled"] - ready), 3),
+        "time_s": round(time.perf_counter() - times["started"], 3),
     }
 
 

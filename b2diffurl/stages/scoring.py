@@ -42,7 +42,7 @@ def score(config, reward, paths, prompts, beside=None):
 
 @contextlib.contextmanager
 def asking(config, folder, log):
-    """Let the servers among the rewards judge pictures while others are denoised.
+    """Let the servers among the rewards judge pictures while others are denoised; its end waits for them.
 
     Yields ask(pictures, copied, prompts), pictures: (B, H, W, 3) uint8, there once the CUDA event `copied`, if there is
     one, has passed. The answers are kept in the folder for run_select.py, which asks again where a server failed.
@@ -53,21 +53,43 @@ def asking(config, folder, log):
         return
 
     def work():
-        for pictures, copied, prompts in iter(waiting.get, None):
-            if copied:
-                copied.synchronize()
-            try:
-                servers.ask([Image.fromarray(picture) for picture in pictures], prompts)
-            except UserError as error:
-                log.warning(f"stage {config.stage} sample: run_select.py will ask again: {error}")
-                return
+        try:
+            for images, prompts in _requests(waiting, config.reward.batch_size):
+                servers.ask(images, prompts)
+        except Exception as error:  # whatever it is, sampling goes on
+            log.warning(f"stage {config.stage} sample: run_select.py will ask again: {error}")
 
-    with servers.keeping(folder):
-        thread = threading.Thread(target=work, daemon=True)  # an interrupted run does not wait for it
+    def ask(*given):
+        if thread.is_alive():
+            waiting.put(given)
+
+    with servers.answers_in(folder):
+        thread = threading.Thread(target=work, daemon=True)  # an interrupted process does not wait for it
         thread.start()
-        yield lambda *given: waiting.put(given)
+        try:
+            yield ask
+        except BaseException:  # nobody will read the answers to what is waiting
+            while not waiting.empty():
+                waiting.get()
+            waiting.put(None)
+            raise
         waiting.put(None)
         thread.join()
+
+
+def _requests(waiting, size):
+    """(PIL images, prompts) of a queue of what ask gets, up to None: `size` or more each, fewer where none wait."""
+    images, prompts = [], []
+    for pictures, copied, own in iter(waiting.get, None):
+        if copied:
+            copied.synchronize()
+        images += [Image.fromarray(picture) for picture in pictures]
+        prompts += own
+        if len(images) >= size or waiting.empty():
+            yield images, prompts
+            images, prompts = [], []
+    if images:
+        yield images, prompts
 
 
 def read_picture(path):

@@ -1,6 +1,5 @@
 """Step 2 of a stage: score the pictures, normalise per prompt, assign the credit."""
 
-import shutil
 import time
 
 import numpy as np
@@ -10,6 +9,7 @@ from ..errors import UserError
 from ..evaluate.measures import feature_distance
 from ..models import Models
 from ..plan import METHODS, stage_plan
+from ..rewards.answers import forget
 from ..rewards.history import RewardHistory
 from ..run import metrics, processes, storage
 from ..run.config import reward_terms
@@ -40,7 +40,7 @@ def main(config, started=None, loaded=None):
     past = history_of(run.previous / "scores.json") if run.previous else []
     loaded = loaded or Models(config)
     answers = run.stage / "answers"
-    with loaded.scoring() as reward, reward.keeping(answers):
+    with loaded.scoring() as reward, reward.answers_in(answers):
         ready = time.perf_counter()
         raw, terms, measured, shown = _score(config, run, rows, reward)
         scoring = time.perf_counter() - ready
@@ -67,7 +67,7 @@ def main(config, started=None, loaded=None):
             for row, r, n, k in zip(rows, raw, normalised, kept, strict=True)
         ]  # last, since it says that the step is complete
         storage.write_json(run.stage / "scores.json", {"scores": scores, "history": history.state()})
-        shutil.rmtree(answers, ignore_errors=True)
+        forget(answers)
         track(config, "select", values, log, shown)
         log.info(
             f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {kept.sum()} of "
