@@ -223,7 +223,10 @@ def test_card(checkpoints, tmp_path, monkeypatch):
     weights = (checkpoint / "pytorch_lora_weights.safetensors").read_bytes()
     settings = {"sha256": hashlib.sha256(weights).hexdigest()}
     (folder / "eval.json").write_text(json.dumps({"settings": settings, "results": results}))
-    (folder / "before_after.png").write_bytes(b"png")
+    for name in ("before_after.png", "curves.png"):
+        (folder / name).write_bytes(b"png")
+    lines = [{"stage": stage, "step": "select", "reward/queries": 1300 * (stage + 1)} for stage in range(6)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sent = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, exist_ok: sent.append(name))
     monkeypatch.setattr(
@@ -231,7 +234,7 @@ def test_card(checkpoints, tmp_path, monkeypatch):
         lambda self, path_or_fileobj, path_in_repo, repo_id: sent.append(path_in_repo),
     )
     run(checkpoint, tmp_path / "card/l.safetensors", "diffusers", card=True, push="me/mine")
-    assert sent == ["me/mine", "l.safetensors", "README.md", "before_after.png"]
+    assert sent == ["me/mine", "l.safetensors", "README.md", "before_after.png", "curves.png"]
     text = (tmp_path / "card/README.md").read_text()
     from huggingface_hub import ModelCard
 
@@ -239,11 +242,14 @@ def test_card(checkpoints, tmp_path, monkeypatch):
     found = card.data.to_dict()
     assert (found["base_model"], found["library_name"]) == ("CompVis/stable-diffusion-v1-4", "diffusers")
     assert "| stages | 4 |" in text
-    assert "| reward queries | 5120 |" in text
+    assert found["license"] == "creativeml-openrail-m"
+    assert "| reward queries | 5200 |" in text  # of the stages up to the checkpoint's
+    assert "to raise the reward `clip`" in text
     assert "0.750 [0.000, 1.000]" in text
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
-    assert 'weight_name="l.safetensors"' in code
+    assert 'load_lora_weights("me/mine", weight_name="l.safetensors")' in code
+    assert "eta=1.0" in code
     assert pathlib.Path(tmp_path / "card/before_after.png").read_bytes() == b"png"
     average = _copied(checkpoint, checkpoint / "ema")  # the same numbers, so the results are its own too
     run(average, tmp_path / "ema/l.safetensors", "diffusers", card=True)
@@ -252,3 +258,11 @@ def test_card(checkpoints, tmp_path, monkeypatch):
     run(checkpoint, tmp_path / "other/l.safetensors", "diffusers", card=True)
     assert "Before and after" not in (tmp_path / "other/README.md").read_text()
     assert not (tmp_path / "other/before_after.png").exists()
+    config.pretrained.model = str(checkpoints["sd"][0])
+    (folder / "config.json").write_text(json.dumps(flat(config)))
+    run(checkpoint, tmp_path / "local/l.safetensors", "diffusers", card=True)
+    assert str(tmp_path.parent) not in (tmp_path / "local/README.md").read_text()  # no path of this machine
+    _, sd3 = checkpoints["sd3"]
+    shutil.copy(folder / "config.json", sd3.parents[2])
+    run(sd3, tmp_path / "sd3/l.safetensors", "kohya", card=True)
+    assert "`l.safetensors` in ComfyUI's `models/loras`" in (tmp_path / "sd3/README.md").read_text()

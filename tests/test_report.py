@@ -95,6 +95,18 @@ def test_what_the_page_shows_is_what_the_run_holds(run):
     assert "train.clip_range" in tags.text
 
 
+def test_a_run_that_ended_at_its_plateau_is_complete(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "ended")
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | {"schedule.plateau": 3}))
+    records = read(folder / "metrics.jsonl")
+    assert page.status(folder, records)[0] == ("state", "complete")
+    evaluated = json.loads((folder / "eval.json").read_text())
+    evaluated["settings"]["checkpoint"] = "runs/stage9/checkpoints/checkpoint_1"
+    (folder / "eval.json").write_text(json.dumps(evaluated))
+    assert page.status(folder, records)[0] == ("state", "last finished: train of stage 0")
+
+
 def test_without_branches_only_best_and_worst_are_marked(run, tmp_path):
     folder = tmp_path / "t"
     shutil.copytree(run, folder)

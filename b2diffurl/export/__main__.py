@@ -1,7 +1,7 @@
 """`python -m b2diffurl.export CHECKPOINT --out FILE [--format diffusers|kohya] [--card] [--push USER/NAME]`
 
 Writes the LoRA of a checkpoint folder (stage<i>/checkpoints/checkpoint_1 of a run) as one file for other programs.
---card puts a model card, README.md, and the run's before_after.png beside it; --push uploads all that to the hub.
+--card puts a model card, README.md, and the run's pictures beside it; --push uploads all that to the hub.
 """
 
 import argparse
@@ -19,21 +19,25 @@ CARD = "library_name: diffusers"  # a line that only a model card has
 
 
 def export(checkpoint, out, form):
-    """Write the checkpoint folder's LoRA to the file `out` in a form: diffusers or kohya. Raises UserError."""
+    """Write the checkpoint folder's LoRA to the file `out` in a form: diffusers or kohya -> its denoiser's class.
+
+    Raises UserError.
+    """
     from safetensors import safe_open
 
     source = checkpoint / NAME
     lora = read_tensors(source, "run_train.py")
     with safe_open(source, "pt") as stored:
         metadata = stored.metadata()
+    denoiser = metadata.get("denoiser", "")
     if form == "kohya":
         from . import kohya
 
-        denoiser = metadata.get("denoiser", "")
         lora = kohya.convert(lora, denoiser)
         metadata |= kohya.header(lora, denoiser)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(out, lora, metadata)
+    return denoiser
 
 
 def push(repository, files):
@@ -59,12 +63,13 @@ def main(arguments):
         )
     if arguments.card and page.exists() and CARD not in page.read_text(encoding="utf-8"):
         raise UserError(f"{page} is no model card, and would be lost: give --out a folder of its own")
-    export(checkpoint, out, arguments.format)
+    denoiser = export(checkpoint, out, arguments.format)
     files = [out]
     if arguments.card:
         from . import card
 
-        pictures = card.write(stage.parent, int(stage.name.removeprefix("stage")), checkpoint, out.name, page)
+        own = {"file": out.name, "form": arguments.format, "denoiser": denoiser, "repository": arguments.push or ""}
+        pictures = card.write(stage.parent, int(stage.name.removeprefix("stage")), checkpoint, own, page)
         files += [page, *(pathlib.Path(shutil.copy(path, out.parent)) for path in pictures)]
     if arguments.push:
         push(arguments.push, files)

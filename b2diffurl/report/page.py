@@ -40,6 +40,7 @@ CHARTS = (  # title, what it says, step, {figure: label}, against
 )  # fmt: skip
 STEPS = ("sample", "select", "fuse", "train")
 GROUPS = 6  # of a stage, shown
+DASHES = ("-", "--", ":")  # as many as are told apart; with the colours, which repeat later
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
 
 
@@ -85,10 +86,12 @@ def read(path):
 def status(folder, records):
     """[(what, value)] for the head of the page."""
     stage, step = max((r["stage"], STEPS.index(r["step"])) for r in records)
-    planned = (read(folder / "config.json") or {}).get("schedule.stage_count")
+    settings = read(folder / "config.json") or {}
+    planned = settings.get("schedule.stage_count")
     queries = [r["reward/queries"] for r in records if "reward/queries" in r]
-    evaluated = (read(folder / "eval.json") or {}).get("settings", {}).get("checkpoint", "")  # ended at a plateau
-    over = step == len(STEPS) - 1 and (planned == stage + 1 or f"stage{stage}" in pathlib.Path(evaluated).parts)
+    evaluated = (read(folder / "eval.json") or {}).get("settings", {}).get("checkpoint", "")
+    plateau = settings.get("schedule.plateau") and f"stage{stage}" in pathlib.Path(evaluated).parts
+    over = step == len(STEPS) - 1 and (planned == stage + 1 or plateau)
     return [
         ("state", "complete" if over else f"last finished: {STEPS[step]} of stage {stage}"),
         ("stages", f"{stage + 1}" + (f" of {planned}" if planned else "")),
@@ -127,8 +130,8 @@ def line_chart(series, across):
 
     figure = Figure(figsize=(4.6, 2.7), layout="constrained")
     axes = figure.add_subplot()
-    for (label, points), colour in zip(series.items(), itertools.cycle(COLOURS)):
-        axes.plot(*zip(*sorted(points), strict=True), marker=".", color=colour, label=label)
+    for (label, points), colour, dashes in zip(series.items(), itertools.cycle(COLOURS), itertools.cycle(DASHES)):
+        axes.plot(*zip(*sorted(points), strict=True), marker=".", color=colour, linestyle=dashes, label=label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_xlabel(across)
