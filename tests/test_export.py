@@ -62,10 +62,22 @@ def _copied(checkpoint, folder):
     return pathlib.Path(shutil.copytree(checkpoint, folder))
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
-def test_the_stock_pipeline_reads_kohyas_form_and_draws_the_same(kind, checkpoints, tmp_path):
+def _stock(pipeline, **options):
     from diffusers import DiffusionPipeline
 
+    stock = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True, **options)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def _drawn(stock):
+    """A picture of two steps, as a tensor."""
+    given = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+    return stock("a cat", **given).images
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "flux"])
+def test_the_stock_pipeline_reads_kohyas_form_and_draws_the_same(kind, checkpoints, tmp_path):
     pipeline, checkpoint = checkpoints[kind]
     if kind == "flux":  # diffusers' reader takes single blocks of FLUX's own size alone: see the next test
         checkpoint = _copied(checkpoint, tmp_path / "double")
@@ -76,13 +88,10 @@ def test_the_stock_pipeline_reads_kohyas_form_and_draws_the_same(kind, checkpoin
     run(checkpoint, out)
     pictures = []
     for source in (None, checkpoint, out):
-        options = {"add_watermarker": False} if kind == "sdxl" else {}
-        stock = DiffusionPipeline.from_pretrained(pipeline, local_files_only=True, **options)
-        stock.set_progress_bar_config(disable=True)
+        stock = _stock(pipeline, **({"add_watermarker": False} if kind == "sdxl" else {}))
         if source:
             stock.load_lora_weights(source)
-        drawn = stock("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")
-        pictures.append(drawn.images)
+        pictures.append(_drawn(stock))
     base, ours, theirs = pictures
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert (ours - base).abs().max() > 1e-3
@@ -137,7 +146,7 @@ def test_sd3s_layers_are_those_of_diffusers_converter(checkpoints, tmp_path):
     """diffusers' reader of SD3's own checkpoints splits what kohya's LoRA adds to its layers, and each comes back."""
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
-    _, checkpoint = checkpoints["sd3"]
+    pipeline, checkpoint = checkpoints["sd3"]
     out = tmp_path / "lora.safetensors"
     run(checkpoint, out)
     stored, added = load_file(out), Checkpoint({"context_embedder.weight": torch.zeros(3, 2)})
@@ -153,6 +162,13 @@ def test_sd3s_layers_are_those_of_diffusers_converter(checkpoints, tmp_path):
     for name, output in given.items():
         weight = found[f"{name.removeprefix('transformer.')}.weight"]
         assert torch.allclose(weight @ torch.linspace(-1, 1, weight.shape[1]), output, atol=1e-5), name
+    merged, loaded = _stock(pipeline), _stock(pipeline)
+    for name in given:
+        layer = name.removeprefix("transformer.")
+        merged.transformer.get_submodule(layer).weight.data += found[f"{layer}.weight"]
+    loaded.load_lora_weights(checkpoint)
+    assert torch.allclose(_drawn(merged), _drawn(loaded), atol=1e-5)
+    assert (_drawn(merged) - _drawn(_stock(pipeline))).abs().max() > 1e-3
     with safe_open(out, "pt") as file:
         assert file.metadata()["ss_network_module"] == "networks.lora_sd3"
 

@@ -34,9 +34,12 @@ def test_the_time_left_is_that_of_the_mean_stage(tmp_path, config):
     for config.stage in (0, 1):
         for step, seconds in (("sample", 10.0), ("train", 20.0 + 40 * config.stage)):
             metrics.record(tmp_path / "metrics.jsonl", config, step, {"time_s": seconds})
-    assert metrics.seconds_left(tmp_path / "metrics.jsonl", config) == 4 * (30 + 70) / 2
+    path = tmp_path / "metrics.jsonl"
+    assert metrics.time_left(path, config, "train", ["sample", "train"]) == "; 3 min to the evaluation"  # 4 x 50 s
+    assert metrics.time_left(path, config, "sample", ["sample", "train"]) == "; 4 min to the evaluation"  # and 40 s
+    assert metrics.time_left(path, config, "sample", ["sample", "select", "train"]) == ""
     config.stage = 5
-    assert metrics.seconds_left(tmp_path / "metrics.jsonl", config) == 0
+    assert metrics.time_left(path, config, "train", ["sample", "train"]) == "; 0 s to the evaluation"
 
 
 def test_every_key_is_explained():
@@ -52,6 +55,6 @@ def test_every_key_is_explained():
     }
     named |= {f"fuse/{side}_oracle" for side in ("reference", "base", "target")}
     named |= {f"train/updates_by_{unit}" for unit in ("epoch", "stage")}
-    page = pathlib.Path("docs/runs.md").read_text().partition("## Every key")[2].partition("\n## ")[0]
+    page = pathlib.Path("docs/runs.md").read_text().partition("## Glossary")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     assert sorted(re.findall(r"`(.+?)`", " ".join(rows))) == sorted(named)

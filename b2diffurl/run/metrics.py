@@ -18,11 +18,19 @@ def read(path):
         ) from None
 
 
-def seconds_left(path, config):
-    """An estimate for the stages after config.stage, from the mean of those in a metrics.jsonl."""
-    records = read(path)
-    stages = {line["stage"] for line in records}
-    return sum(line["time_s"] for line in records) / len(stages) * (config.schedule.stage_count - config.stage - 1)
+def time_left(path, config, step, steps):
+    """What a step's line in the log ends with: the time from there to the evaluation, by the mean of each step so far.
+
+    steps: a stage's, in order. "" before a metrics.jsonl has every one of them.
+    """
+    took = {name: [] for name in steps}
+    for line in read(path):
+        took[line["step"]].append(line["time_s"])
+    if not all(took.values()):
+        return ""
+    means = [sum(own) / len(own) for own in took.values()]
+    stages = config.schedule.stage_count - config.stage - 1
+    return f"; {duration(stages * sum(means) + sum(means[steps.index(step) + 1 :]))} to the evaluation"
 
 
 def duration(seconds):

@@ -16,7 +16,7 @@ from ..rewards.history import RewardHistory, standardise
 from ..run import metrics, processes, storage
 from ..run.tracking import track
 from ..shapes.oracle import verdicts
-from .begin import begin
+from .begin import begin, steps
 from .scoring import read_picture, score
 from .select import history_of
 from .targets import Pairs, evaluations, make_targets, mask_of, pairs_of, place, word_thresholds
@@ -75,7 +75,8 @@ def main(config, started=None, loaded=None):
         storage.write_json(run.stage / "fused.json", {"targets": table, "kl": kl})  # last: the step is complete
         forget(answers)
         track(config, "fuse", values, log)
-        log.info(f"stage {config.stage} fuse: {_summary(values)}")
+        left = metrics.time_left(run.metrics, config, "fuse", steps(config))
+        log.info(f"stage {config.stage} fuse: {_summary(values)}{left}")
         _warn(config, tensors["mask_share"].numpy(), log)
 
     processes.agree(conclude)

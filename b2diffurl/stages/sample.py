@@ -16,7 +16,7 @@ from ..plan import stage_plan
 from ..run import metrics, processes, storage
 from ..run.prompts import read_prompts
 from ..run.tracking import track
-from .begin import begin
+from .begin import begin, steps
 from .scoring import asking
 from .trajectories import write_rollout
 
@@ -74,6 +74,7 @@ def main(config, started=None, loaded=None):
     log.info(
         f"stage {config.stage} sample: {len(rows)} images, last {plan.steps - plan.start} of {plan.steps} steps "
         f"branch, {values['perf/images_per_s']:.1f} images/s, {values['time_s']:.1f} s"
+        + metrics.time_left(run.metrics, config, "sample", steps(config))
     )
 
 

@@ -16,7 +16,7 @@ from ..run.config import reward_terms
 from ..run.tracking import track
 from ..selection import select_pairs
 from ..watch import WINDOW, parted
-from .begin import begin
+from .begin import begin, steps
 from .sample import image_rows
 from .scoring import score
 from .trajectories import write_credit
@@ -72,7 +72,7 @@ def main(config, started=None, loaded=None):
         log.info(
             f"stage {config.stage} select: reward {raw.mean():.4f} ± {values['reward/std']:.4f}, kept {kept.sum()} of "
             f"{len(raw)}" + (f", oracle {values['oracle/alignment']:.3f}" if "oracle/alignment" in values else "")
-            + f", {values['time_s']:.1f} s"
+            + f", {values['time_s']:.1f} s" + metrics.time_left(run.metrics, config, "select", steps(config))
         )  # fmt: skip
 
     processes.agree(conclude)

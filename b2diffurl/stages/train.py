@@ -23,7 +23,7 @@ from ..run.folder import flat, prune, that_matter
 from ..run.tracking import track
 from ..update import Learner, ask_pretrained, build_optimizer, count_updates, train_updates
 from ..value import Baseline
-from .begin import begin
+from .begin import begin, steps
 from .trajectories import as_tensors, read_credit, read_experience
 
 HEADROOM = "loss_scale.headroom"  # the name of its tensor beside AdamW's state
@@ -71,8 +71,8 @@ def main(config, started=None, loaded=None):
         return
     prune(run, config)
     track(config, "train", values, log)
-    left = metrics.duration(metrics.seconds_left(run.metrics, config))
-    log.info(f"stage {config.stage} train: {_summary(config, values, experience.samples)}; {left} to the evaluation")
+    left = metrics.time_left(run.metrics, config, "train", steps(config))
+    log.info(f"stage {config.stage} train: {_summary(config, values, experience.samples)}{left}")
 
 
 def credit_of(config, run):
