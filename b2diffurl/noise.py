@@ -30,6 +30,9 @@ def stream_noise(seed, steps, shape):
     return torch.from_numpy(stream(seed).standard_normal((steps, *shape), dtype=np.float32))
 
 
-def draw_prompts(seed, stage, prompt_count, groups):
-    """Indices (groups,) of a stage's prompts, drawn uniformly with replacement."""
-    return stream(stream_seed(seed, stage, "all", "prompts")).integers(prompt_count, size=groups).tolist()
+def draw_prompts(seed, stage, prompt_count, groups, probabilities=None):
+    """Indices (groups,) of a stage's prompts, drawn with replacement, uniformly unless probabilities (P,) are given."""
+    own = stream(stream_seed(seed, stage, "all", "prompts"))
+    if probabilities is None:
+        return own.integers(prompt_count, size=groups).tolist()
+    return own.choice(prompt_count, size=groups, p=probabilities).tolist()

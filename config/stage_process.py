@@ -67,6 +67,9 @@ def sdv1_4():
     config.sample.noise_level = 0.7  # of flow models, the sampler's stochasticity; must be above 0
     config.sample.prefix = "sde"  # the steps before the interval: sde (as the interval's) | ode (no noise)
     config.sample.resolution = 0  # side of the pictures in pixels; 0: the model's own
+    config.sample.prompt_weights = (
+        "uniform"  # uniform | variance (prompts whose rewards still vary are drawn more often)
+    )
     config.sample.groups = 256  # branch groups per stage [num_batches_per_epoch 32 x batch_size 8]
     config.sample.branches = 5  # branches per group, K [split_time]
     config.sample.batch_size = 32  # states per UNet call; changes speed and memory, not results

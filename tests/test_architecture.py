@@ -11,8 +11,8 @@ from b2diffurl.plan import METHODS
 ROOT = pathlib.Path("b2diffurl")
 LIBRARY = sorted(ROOT.rglob("*.py"))
 LEVELS = (  # imports go to earlier levels, or stay within the room; shapes, the world, imports nothing of the others
-    "errors ahead adam average schedule noise selection losses step_weights watch gaussian guidance flow "
-    "rewards.history seeds shapes",
+    "errors ahead adam average schedule noise selection losses step_weights prompt_weights watch gaussian guidance "
+    "flow rewards.history seeds shapes",
     "ddim plan value fusion words first_pass",
     "credit rollout",
     "experience run",
@@ -37,6 +37,7 @@ PURE = [
     "credit",
     "losses",
     "step_weights",
+    "prompt_weights",
     "watch",
     "first_pass",
     "rewards.history",

@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..flow import SAMPLERS
 from ..losses import ALGORITHMS
 from ..plan import METHODS
+from ..prompt_weights import KINDS as PROMPT_WEIGHTS
 from ..schedule import KINDS
 from ..step_weights import KINDS as STEP_WEIGHTS
 from ..words import MASKS
@@ -22,6 +23,7 @@ CHOICES = {
     "schedule.kind": KINDS,
     "sample.sampler": SAMPLERS,
     "sample.prefix": ("sde", "ode"),
+    "sample.prompt_weights": PROMPT_WEIGHTS,
     "select.credit": ("", *RULES),
     "fusion.mask": MASKS,
     "fusion.keep": ("all", "better"),

@@ -39,6 +39,7 @@ FREE = (
 ADDED = {  # settings that earlier runs lack, and what those did
     "schedule.forks": [], "schedule.untrained": 0, "select.credit": "", "sample.sampler": "cps",
     "sample.noise_level": 0.7, "sample.prefix": "sde", "sample.resolution": 0, "pretrained.max_sequence_length": 256,
+    "sample.prompt_weights": "uniform",
     "train.step_weights": "one", "train.lora_targets": [],
     "train.ema_decay": 0.0, "train.dpo_reference": "sampling", "train.dpo_clip_range": 0.0,
     "fusion.first_step": 2, "fusion.mask": "quantile", "fusion.threshold": 0.5, "fusion.keep": "all",

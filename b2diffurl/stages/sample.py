@@ -13,7 +13,9 @@ from ..guidance import take, to_device
 from ..models import Models
 from ..noise import draw_prompts, stream_seed
 from ..plan import stage_plan
+from ..prompt_weights import by_variance
 from ..run import metrics, processes, storage
+from ..run.folder import Run
 from ..run.prompts import read_prompts
 from ..run.tracking import track
 from .begin import begin, steps
@@ -94,8 +96,10 @@ def _figures(config, plan, halves, times):
 
 def image_rows(config):
     """The stage's images in order: [{image, prompt, group, branch, seed}]; group g has branches 0..K-1."""
-    prompts = read_prompts(config.prompts.train)
-    chosen = draw_prompts(config.seed, config.stage, len(prompts), config.sample.groups)
+    prompts, run, weights = read_prompts(config.prompts.train), Run(config), None
+    if config.sample.prompt_weights == "variance" and run.previous:
+        weights = by_variance(prompts, history_of(run.previous / "scores.json"))
+    chosen = draw_prompts(config.seed, config.stage, len(prompts), config.sample.groups, weights)
     return [
         {
             "image": f"{group * config.sample.branches + branch:05d}.png",
@@ -107,6 +111,16 @@ def image_rows(config):
         for group, index in enumerate(chosen)
         for branch in range(config.sample.branches)
     ]
+
+
+def history_of(path):
+    """The RewardHistory state that an earlier stage's scores.json holds."""
+    try:
+        return storage.read_json(path, "run_select.py")["history"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} is not what run_select.py writes: delete that stage's folder and run it again"
+        ) from None
 
 
 def _denoise(config, policy, plan, rows, cond, deliver):

@@ -17,7 +17,7 @@ from ..run.tracking import track
 from ..selection import select_pairs
 from ..watch import WINDOW, parted
 from .begin import begin, steps
-from .sample import image_rows
+from .sample import history_of, image_rows
 from .scoring import score
 from .trajectories import write_credit
 
@@ -91,16 +91,6 @@ def _warn(config, records, log):
             f"stage {config.stage} select: reward/mean has risen over the last {2 * WINDOW} stages and {name} has not: "
             "look at the pictures, the reward may be gamed"
         )
-
-
-def history_of(path):
-    """The RewardHistory state that an earlier stage's scores.json holds."""
-    try:
-        return storage.read_json(path, "run_select.py")["history"]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{path} is not what run_select.py writes: delete that stage's folder and run it again"
-        ) from None
 
 
 def _score(config, run, rows, reward):

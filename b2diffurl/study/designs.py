@@ -59,7 +59,8 @@ SPARSE = Design(
         "b2": [{"train.learning_rate": 4e-3}, {}, {"train.step_weights": "inverse_gain"}],
         "ddpo": [{"train.learning_rate": 4e-3}, {}],
         "b2_lean": [
-            {}, {"train.ema_decay": 0.8}, {"train.lr_schedule": "linear"}, {"train.trajectories_per_update": 16},
+            {}, {"sample.prompt_weights": "variance"},
+            {"train.ema_decay": 0.8}, {"train.lr_schedule": "linear"}, {"train.trajectories_per_update": 16},
             {"schedule.untrained": 2}, {"train.num_epochs": 2}, {"train.num_epochs": 2, "train.learning_rate": 4e-3},
             {"train.num_epochs": 2, "select.credit": "contrast", "train.trajectories_per_update": 16},
         ],
