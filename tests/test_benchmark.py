@@ -8,7 +8,7 @@ import pytest
 from b2diffurl.errors import UserError
 from b2diffurl.seeds import interval, iqm, lower_bound, p_value, stratified
 from b2diffurl.shapes import ladder
-from b2diffurl.study import benchmark, benchmark_report, results
+from b2diffurl.study import benchmark, benchmark_ratios, benchmark_report, paths, results
 from b2diffurl.study.designs import DESIGNS, SPARSE
 
 
@@ -102,10 +102,10 @@ def path(*points):
 
 def test_queries_to_a_mark_and_the_area():
     rising = path((0, 0.5), (240, 0.7), (480, 0.9), (720, 0.85))
-    assert benchmark_report.spent_to(rising, 0.8) == pytest.approx(360)
-    assert benchmark_report.spent_to(rising, 0.5) == 0
-    assert benchmark_report.spent_to(rising, 0.95) == math.inf
-    assert benchmark_report.area(rising) == pytest.approx((0.6 + 0.8 + 0.875) / 3)
+    assert paths.spent_to(rising, 0.8) == pytest.approx(360)
+    assert paths.spent_to(rising, 0.5) == 0
+    assert paths.spent_to(rising, 0.95) == math.inf
+    assert paths.area(rising) == pytest.approx((0.6 + 0.8 + 0.875) / 3)
 
 
 def rows_of(arm, seed, values):
@@ -180,6 +180,32 @@ def test_the_interquartile_mean_is_over_all_tasks_and_drawn_within_each():
     (line,) = benchmark_report.middles(benchmark_report.runs_of(rows), base)[2:]
     assert line.startswith("| b2 | dark, left | 4 | 0.400 [")
     assert "| 0.600 [" in line
+
+
+def test_ratios_are_geometric_means_of_paired_seeds_by_sparsity(tmp_path):
+    base = {"dark": {"success_test": 0.2}, "left": {"success_test": 0.1}}
+    ends = {  # success after 240 and 480 queries, by seed; half of what misses is 0.6 in dark, 0.55 in left
+        ("dark", "ddpo"): [(0.4, 0.8), (0.6, 0.8)], ("dark", "b2"): [(0.6, 0.7), (0.3, 0.4)],
+        ("left", "ddpo"): [(0.1, 1.0), (0.55, 0.6)], ("left", "b2"): [(0.55, 0.9), (0.55, 0.9)],
+    }  # fmt: skip
+    rows = [
+        {**row, "task": task} for (task, arm), own in ends.items() for seed, end in enumerate(own)
+        for row in rows_of(arm, seed, end)
+    ]  # fmt: skip
+    runs = benchmark_report.runs_of(rows)
+    found = benchmark_ratios.ratios(runs, base, "ddpo", "queries")
+    assert list(found) == ["b2"]
+    (sparse, *first), (dense, *second) = found["b2"]
+    assert (sparse, dense) == (0.1, 0.2)
+    logs = np.log([240 / 360, 240 / 240])  # left
+    assert first == pytest.approx(np.exp(interval(logs)))
+    logs = np.log([240 / 360, 480 / 240])  # dark; b2's second run never comes there
+    assert second == pytest.approx(np.exp(interval(logs)))
+    benchmark_ratios.draw(tmp_path / "ratios.png", runs, base, "ddpo")
+    assert (tmp_path / "ratios.png").stat().st_size > 5000
+    assert benchmark_ratios.ratios(runs, base, "another", "queries") == {}
+    benchmark_ratios.draw(tmp_path / "none.png", runs, base, "another")
+    assert [path.name for path in tmp_path.iterdir()] == ["ratios.png"]
 
 
 def test_the_lower_bound_is_students():

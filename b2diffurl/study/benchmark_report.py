@@ -1,18 +1,19 @@
-"""The benchmark's table.md and curves.png from its rows."""
+"""The benchmark's table.md, curves.png and ratios.png from its rows."""
 
-import itertools
 import os
 
 import numpy as np
 
 from ..seeds import holm, interval, lower_bound, p_value, stratified
+from . import benchmark_ratios
+from .paths import area, path_of, spent_to, until
 
 MARKS = (0.8, 0.9)  # of held-out success
 AXES = {"queries": "reward queries", "forwards": "forward passes (training one transition is 3)"}
 
 
 def write(out, rows, base, design):
-    """Write both into the folder `out`; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
+    """Write them into the folder `out`; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
     runs = runs_of(rows)
     lines = [
         *table(runs, base),
@@ -28,6 +29,7 @@ def write(out, rows, base, design):
     (out / "table.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     if whole := runs_of([row for row in rows if "failed" not in row]):
         draw(out / "curves.png", whole, base)
+        benchmark_ratios.draw(out / "ratios.png", whole, base, design.reference)
 
 
 def failures(rows):
@@ -42,33 +44,6 @@ def runs_of(rows):
     for row in sorted(rows, key=lambda r: r["stage"]):
         runs.setdefault((row["task"], row["arm"], row["settings"]), {}).setdefault(row["seed"], []).append(row)
     return runs
-
-
-def path_of(run, base, figure="success_test", across="queries"):
-    """A run's rows -> (across (n,), figure (n,)), from the base model at 0 through every evaluated stage."""
-    seen = [row for row in run if figure in row]
-    return np.array([0, *(r[across] for r in seen)]), np.array([base[figure], *(r[figure] for r in seen)])
-
-
-def spent_to(path, mark):
-    """Where a path first has the mark, on straight lines between its points; infinite where it never has."""
-    for (x, y), (after, higher) in itertools.pairwise(zip(*path, strict=True)):
-        if y >= mark:
-            return float(x)
-        if higher >= mark:
-            return float(x + (mark - y) / (higher - y) * (after - x))
-    return np.inf
-
-
-def area(path):
-    """Mean height of a path over what it spans, on straight lines between its points."""
-    x, y = path
-    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
-
-
-def until(path, last):
-    """The part of a path that is not beyond `last`."""
-    return tuple(values[path[0] <= last] for values in path)
 
 
 def table(runs, base):

@@ -29,6 +29,7 @@ class Design(typing.NamedTuple):
     comparisons: tuple  # (arm, other), by the area under the held-out curve, in every task
     lean: str = ""  # the arm of a primary outcome of its own: at its end against RIVALS at theirs
     rivals: tuple = ()
+    reference: str = ""  # the arm that ratios.png sets the others against
     every: int = 240  # reward queries between two evaluations
     seeds: tuple = tuple(range(401, 411))
 
@@ -71,6 +72,7 @@ SPARSE = Design(
     ),
     lean="b2_lean",
     rivals=("b2", "ddpo"),
+    reference="ddpo",
 )  # fmt: skip
 
 FUSED = {"method": "dfusion", "sample.groups": 10}  # 160 images and 80 targets per stage
