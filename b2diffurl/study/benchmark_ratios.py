@@ -14,8 +14,8 @@ SHARE = 0.5  # the mark: so much of what the base model lacks to success on ever
 def ratios(runs, base, reference, across):
     """{arm: [(base success, ratio, low, high) by task]}: geometric means over paired seeds, 95 % by Student's t.
 
-    runs: as benchmark_report.runs_of has them; across: one of AXES. A run that never has the mark counts with all that it
-    spent.
+    runs: as benchmark_report.runs_of has them; across: one of AXES. A run that never has the mark counts with all
+    that it spent.
     """
     found = {}
     for (task, arm, settings), by_seed in runs.items():
