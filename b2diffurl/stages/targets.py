@@ -1,6 +1,7 @@
 """D-Fusion's targets: which reference for which base, and the base denoised again with the reference fused in."""
 
 import typing
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def make_targets(config, policy, pairs, folder):
     """
     plan, found = stage_plan(config), {}
     steps, trained = range(plan.start, plan.steps), plan.stored(1)
-    interval = steps, max(plan.start, config.fusion.first_step)
+    interval, saving, pool = (steps, max(plan.start, config.fusion.first_step)), [], ThreadPoolExecutor(4)
     for chunk in torch.arange(len(pairs.rows)).split(max(1, config.sample.batch_size // 2)):
         rows = [pairs.rows[i] for i in chunk.tolist()]
         fused = fusion.Fusion(policy.family, policy.denoiser, pairs.words[chunk].to(policy.device), config.fusion.mask)
@@ -72,7 +73,8 @@ def make_targets(config, policy, pairs, folder):
         states, log_prob, kl, mask = fusion.denoise(policy, fused, first, noise, cond, interval)
         if not torch.isfinite(states[-1]).all():
             raise UserError(f"stage {config.stage}: the targets' latents are not finite; nothing was written")
-        _write_pictures(policy.family.decode(states[-1]).cpu().numpy(), mask.cpu().numpy(), rows, folder)
+        pictures = policy.family.decode(states[-1]).cpu().numpy(), mask.cpu().numpy()
+        saving.append(pool.submit(_write_pictures, *pictures, rows, folder))  # while the next are denoised
         base, target = pairs.bases["states"][chunk], torch.stack(states[1 : trained + 1], 1).cpu()
         log_prob = torch.stack(log_prob[:trained], 1).cpu()
         own = {
@@ -83,6 +85,9 @@ def make_targets(config, policy, pairs, folder):
         }
         for name, tensor in own.items():
             found.setdefault(name, []).append(tensor)
+    pool.shutdown()
+    for future in saving:
+        future.result()
     return {name: torch.cat(tensors) for name, tensors in found.items()}
 
 
