@@ -155,6 +155,7 @@ def flux_flags(tmp_path_factory):
     return [f"--config.{setting}" for setting in (*TINY_FLUX, f"pretrained.model={pipeline}")]
 
 
+@pytest.mark.slow
 def test_a_sharded_denoiser_computes_as_the_whole_one(flux_flags, tmp_path):
     """With three calls in one process and one in the other, of which each holds half of the weights."""
     (tmp_path / "parts.py").write_text(PARTS)

@@ -25,7 +25,7 @@ from b2diffurl.stages import loop, sample, select, train
 SMALL = [
     "--config.sample.groups=3", "--config.sample.branches=3", "--config.schedule.stage_count=2",
     "--config.schedule.left=3", "--config.schedule.right=4", "--config.sample.num_steps=5",
-    "--config.reward.batch_size=4", "--config.train.trajectories_per_update=2", "--config.evaluate.images_per_prompt=2",
+    "--config.reward.batch_size=4", "--config.train.trajectories_per_update=2", "--config.evaluate.images_per_prompt=1",
 ]  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_the_folder_is_small():
     ("method=ddpo",), ("method=ddpo_bs",), ("sample.sampler=flow_sde",), ("sample.prefix=ode",),
 ])  # fmt: skip
 def test_every_algorithm_and_a_tree_learn_from_it(settings, elsewhere):
-    flags = (f"save_path={elsewhere}", "exp_name=t", "sample.groups=4", "schedule.stage_count=1", *settings)
+    flags = (f"save_path={elsewhere}", "exp_name=t", "sample.groups=2", "schedule.stage_count=1", *settings)
     flags += ("select.pos_threshold=-9", "select.neg_threshold=9")
     run_stage(
         command.parse(["x", "--config", "config/stage_process.py:shapes_flow", *(f"--config.{f}" for f in flags)])[0]
