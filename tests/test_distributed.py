@@ -12,6 +12,7 @@ import pytest
 import tiny_flux
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from b2diffurl.errors import UserError
@@ -199,6 +200,8 @@ def test_a_sharded_run_is_the_whole_one(flux_flags, tmp_path):
     assert moved.abs().max() > 1e-3
     assert off.norm() < 0.02 * moved.norm()  # rounding, and pixels that it moves
     assert (tmp_path / "two/t/eval.json").exists()
+    with safe_open(tmp_path / "two" / last, "pt") as stored:  # not by the class that FSDP2 makes of it
+        assert stored.metadata()["denoiser"] == "FluxTransformer2DModel"
 
 
 ORPHAN = """
