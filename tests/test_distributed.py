@@ -62,7 +62,10 @@ def test_one_process_agrees_with_itself():
 
 def test_two_processes_are_one(tmp_path):
     """Five groups on two processes, two and three."""
+    few = tmp_path / "few.json"  # of both lists: the evaluation is not what is compared
+    few.write_text('["a red circle", "a blue ring", "a green cross", "a yellow square"]')
     settings = (
+        f"prompts.train={few}", f"prompts.test={few}",
         "train.algorithm=dpok", "sample.groups=5", "sample.batch_size=4", "train.trajectories_per_update=5",
         "train.log_prob=mean", "train.clip_range=1e-3",  # a sum magnifies rounding
         "train.adam_epsilon=0.01", "train.learning_rate=0.1",  # AdamW's step follows the gradient, not its sign alone

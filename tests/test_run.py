@@ -235,6 +235,7 @@ def test_a_stage_that_was_selected_before_forests_is_trained_on_to_the_same_lora
     assert all(torch.equal(again[k], wanted[k]) for k in wanted)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_goes_on(finished, tmp_path):
     wanted = final_lora(finished[0])
     folder = tmp_path / "killed"
