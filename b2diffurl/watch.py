@@ -1,4 +1,7 @@
-"""Is the reward gamed? Then it rises and what it stands for does not: the oracle, or another reward of a mix."""
+"""Is the reward gamed? Then it rises, and what it stands for does not: the oracle, or another reward of a mix.
+
+And does it rise at all?
+"""
 
 import numpy as np
 

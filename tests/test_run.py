@@ -88,6 +88,9 @@ def test_driver_output(finished):
     for name in ("curves.png", "before_after.png", "eval.json", "metrics.jsonl"):
         assert (folder / "t" / name).stat().st_size > 0
     assert not list((folder / "t").rglob("*.tmp"))
+    for row in json.loads((folder / "t/eval.json").read_text())["results"]:
+        assert len(row["oracle_by_prompt"]) == 15
+        assert sum(row["oracle_by_prompt"].values()) / 15 == pytest.approx(row["oracle"])
 
 
 def test_files_of_a_stage(finished):

@@ -144,7 +144,9 @@ def measure(config, reward, clip, prompts, images):
         values |= {name: term.mean() for name, term in {"clip": clip(images, repeated).numpy(), **terms}.items()}
     right = verdicts(images, repeated) if config.evaluate.oracle else None
     if right is not None:
-        values |= _with_interval("oracle", right.reshape(-1, count))
+        right = right.reshape(-1, count)
+        values |= _with_interval("oracle", right)
+        values["oracle_by_prompt"] = dict(zip(prompts, right.mean(1).tolist(), strict=True))
     features = clip.features(images).cpu().numpy()
     values["diversity"] = feature_distance(features.reshape(len(prompts), count, -1))
     return {name: float(v) if isinstance(v, np.floating) else v for name, v in values.items()}
@@ -163,7 +165,7 @@ def bootstrap_interval(per_prompt):
 
 def table(results):
     """The before/after table as text; a column for every figure that there is."""
-    known, suffixes = ["images_sha256", "model", "prompts", "images"], ("_interval", "_std")
+    known, suffixes = ["images_sha256", "model", "prompts", "images"], ("_interval", "_std", "_by_prompt")
     names = list(dict.fromkeys(n for r in results for n in r if n not in known and not n.endswith(suffixes)))
     heads = {"oracle": "oracle alignment", "inception_score": "Inception Score", "lpips": "LPIPS"}
     lines = [["prompts", "model", "images", *(heads.get(name, name) for name in names)]]

@@ -49,11 +49,11 @@ always what a prompt says.
 """
 
 DIFFUSERS = """```python
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline{scheduler}
 
 pipeline = DiffusionPipeline.from_pretrained("{model}")
 pipeline.load_lora_weights("{where}", weight_name="{file}")
-{scheduler}pipeline({prompt}, num_inference_steps={steps}, guidance_scale={guidance}{eta}).images[0]
+{sampler}pipeline({prompt}, num_inference_steps={steps}, guidance_scale={guidance}{eta}).images[0]
 ```
 """
 SAMPLER = "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # as it was trained\n"
@@ -97,8 +97,9 @@ def _loading(known, config, prompt, given):
     """How the LoRA is loaded."""
     if given["form"] == "kohya" and given["denoiser"] == "SD3Transformer2DModel":
         return COMFYUI.format(**given)
-    unet = given["denoiser"].startswith("UNet")
-    own = {"scheduler": SAMPLER if unet else "", "eta": f", eta={config['sample.eta']}" if unet else ""}
+    own = dict.fromkeys(("scheduler", "sampler", "eta"), "")
+    if given["denoiser"].startswith("UNet"):  # the others' stock scheduler has no such noise
+        own = {"scheduler": ", DDIMScheduler", "sampler": SAMPLER, "eta": f", eta={config['sample.eta']}"}
     return DIFFUSERS.format(**known, **own, prompt=prompt, file=given["file"], where=given["repository"] or ".")
 
 

@@ -17,8 +17,7 @@ from ..run import metrics, processes, storage
 from ..run.tracking import track
 from ..shapes.oracle import verdicts
 from .begin import begin, steps
-from .sample import history_of
-from .scoring import read_picture, score
+from .scoring import history_of, read_picture, score
 from .targets import Pairs, evaluations, make_targets, mask_of, pairs_of, place, word_thresholds
 from .trajectories import read_images, write_credit, write_rollout
 

@@ -19,7 +19,7 @@ from ..run.folder import Run
 from ..run.prompts import read_prompts
 from ..run.tracking import track
 from .begin import begin, steps
-from .scoring import asking
+from .scoring import asking, history_of
 from .trajectories import write_rollout
 
 
@@ -81,7 +81,10 @@ def main(config, started=None, loaded=None):
 
 
 def _figures(config, plan, halves, times):
-    """What metrics.jsonl says of the step; halves: denoiser evaluations per guided prediction."""
+    """What metrics.jsonl says of the step; halves: denoiser evaluations per guided prediction.
+
+    times: time.perf_counter() when the step `started`, was `ready` to sample, and had `sampled`.
+    """
     ready, images = times["ready"], config.sample.groups * plan.images
     return {
         "interval/start": plan.start,
@@ -111,16 +114,6 @@ def image_rows(config):
         for group, index in enumerate(chosen)
         for branch in range(config.sample.branches)
     ]
-
-
-def history_of(path):
-    """The RewardHistory state that an earlier stage's scores.json holds."""
-    try:
-        return storage.read_json(path, "run_select.py")["history"]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{path} is not what run_select.py writes: delete that stage's folder and run it again"
-        ) from None
 
 
 def _denoise(config, policy, plan, rows, cond, deliver):

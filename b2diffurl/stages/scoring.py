@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..rewards import load_reward
-from ..run import processes
+from ..run import processes, storage
 from ..run.config import is_url
 from ..shapes.oracle import verdicts
 
@@ -90,6 +90,16 @@ def _requests(waiting, size):
             images, prompts = [], []
     if images:
         yield images, prompts
+
+
+def history_of(path):
+    """The RewardHistory state that an earlier stage's scores.json holds."""
+    try:
+        return storage.read_json(path, "run_select.py")["history"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} is not what run_select.py writes: delete that stage's folder and run it again"
+        ) from None
 
 
 def read_picture(path):

@@ -17,8 +17,8 @@ from ..run.tracking import track
 from ..selection import select_pairs
 from ..watch import WINDOW, parted
 from .begin import begin, steps
-from .sample import history_of, image_rows
-from .scoring import score
+from .sample import image_rows
+from .scoring import history_of, score
 from .trajectories import write_credit
 
 NEARLY_ALL = 0.95  # of the images are right: the oracle's share has little left to rise

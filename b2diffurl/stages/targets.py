@@ -63,29 +63,31 @@ def make_targets(config, policy, pairs, folder):
     """
     plan, found = stage_plan(config), {}
     steps, trained = range(plan.start, plan.steps), plan.stored(1)
-    interval, saving, pool = (steps, max(plan.start, config.fusion.first_step)), [], ThreadPoolExecutor(4)
-    for chunk in torch.arange(len(pairs.rows)).split(max(1, config.sample.batch_size // 2)):
-        rows = [pairs.rows[i] for i in chunk.tolist()]
-        fused = fusion.Fusion(policy.family, policy.denoiser, pairs.words[chunk].to(policy.device), config.fusion.mask)
-        noise = [_noise(policy, own, len(steps)) for own in zip(*rows, strict=True)]
-        first = [own["states"][chunk, 0].to(policy.device) for own in (pairs.references, pairs.bases)]
-        cond = to_device(take(pairs.cond, chunk), policy.device)
-        states, log_prob, kl, mask = fusion.denoise(policy, fused, first, noise, cond, interval)
-        if not torch.isfinite(states[-1]).all():
-            raise UserError(f"stage {config.stage}: the targets' latents are not finite; nothing was written")
-        pictures = policy.family.decode(states[-1]).cpu().numpy(), mask.cpu().numpy()
-        saving.append(pool.submit(_write_pictures, *pictures, rows, folder))  # while the next are denoised
-        base, target = pairs.bases["states"][chunk], torch.stack(states[1 : trained + 1], 1).cpu()
-        log_prob = torch.stack(log_prob[:trained], 1).cpu()
-        own = {
-            "states": torch.cat([base[:, :1], base[:, :1], base[:, 1:], target], 1),
-            "log_prob": torch.cat([pairs.bases["log_prob"][chunk], log_prob], 1),
-            "kl": torch.stack(kl, 1).cpu() * target[0, 0].numel(),
-            "mask_share": mask.mean(1).cpu(),
-        }
-        for name, tensor in own.items():
-            found.setdefault(name, []).append(tensor)
-    pool.shutdown()
+    interval, saving = (steps, max(plan.start, config.fusion.first_step)), []
+    with ThreadPoolExecutor(4) as pool:  # pictures are written while the next targets are denoised
+        for chunk in torch.arange(len(pairs.rows)).split(max(1, config.sample.batch_size // 2)):
+            rows = [pairs.rows[i] for i in chunk.tolist()]
+            fused = fusion.Fusion(
+                policy.family, policy.denoiser, pairs.words[chunk].to(policy.device), config.fusion.mask
+            )
+            noise = [_noise(policy, own, len(steps)) for own in zip(*rows, strict=True)]
+            first = [own["states"][chunk, 0].to(policy.device) for own in (pairs.references, pairs.bases)]
+            cond = to_device(take(pairs.cond, chunk), policy.device)
+            states, log_prob, kl, mask = fusion.denoise(policy, fused, first, noise, cond, interval)
+            if not torch.isfinite(states[-1]).all():
+                raise UserError(f"stage {config.stage}: the targets' latents are not finite; nothing was written")
+            pictures = policy.family.decode(states[-1]).cpu().numpy(), mask.cpu().numpy()
+            saving.append(pool.submit(_write_pictures, *pictures, rows, folder))
+            base, target = pairs.bases["states"][chunk], torch.stack(states[1 : trained + 1], 1).cpu()
+            log_prob = torch.stack(log_prob[:trained], 1).cpu()
+            own = {
+                "states": torch.cat([base[:, :1], base[:, :1], base[:, 1:], target], 1),
+                "log_prob": torch.cat([pairs.bases["log_prob"][chunk], log_prob], 1),
+                "kl": torch.stack(kl, 1).cpu() * target[0, 0].numel(),
+                "mask_share": mask.mean(1).cpu(),
+            }
+            for name, tensor in own.items():
+                found.setdefault(name, []).append(tensor)
     for future in saving:
         future.result()
     return {name: torch.cat(tensors) for name, tensors in found.items()}

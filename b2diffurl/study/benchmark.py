@@ -1,9 +1,9 @@
 """The benchmarks of designs.py: tasks × arms × paired seeds, evaluated after every 240 reward queries.
 
 `python -m b2diffurl.study.benchmark [--design NAME] [--search] [--out DIR] [--tasks NAME ...] [--arms NAME ...]
-[--seeds N ...]` writes results.csv (a row per run and stage), table.md and curves.png into DIR/results or, with
---search, DIR/search; one process a core; the same command goes on where it was stopped. --search tries the settings of
-the design's grid on prompts and a seed of its own.
+[--seeds N ...]` writes results.csv (a row per run and stage), table.md, curves.png and ratios.png into DIR/results or,
+with --search, DIR/search; one process a core; the same command goes on where it was stopped. --search tries the
+settings of the design's grid on prompts and a seed of its own.
 """
 
 import argparse
