@@ -430,28 +430,54 @@ def test_interrupted_in_the_fusion_it_ends_the_same(finished, tmp_path):
         assert not (copy / "t/stage1/fused.tmp").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("elsewhere")
-def test_the_driver_runs_the_fourth_script_with_two_processes(finished, tmp_path):
-    """Four scripts on two processes leave what one process does, but for rounding."""
-    own = (*SMALL, f"save_path={tmp_path}", "one_process=False", "schedule.stage_count=1", "schedule.right=3")
-    flags = [f"--config.{setting}" for setting in own]
+def drive(folder, count, *settings):
+    """One stage by the driver on `count` processes -> what it printed."""
+    flags = [f"--config.{own}" for own in (*SMALL, f"save_path={folder}", "schedule.stage_count=1", *settings)]
     environment = {
         **os.environ, "PYTHON": sys.executable, "PRESET": "shapes", "OMP_NUM_THREADS": "1",
-        "LAUNCH": "torchrun --standalone --nproc_per_node 2",
+        "LAUNCH": f"torchrun --standalone --nproc_per_node {count}",
     }  # fmt: skip
     command = ["bash", "run_process.sh", *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "6 targets, reward" in done.stdout
-    ours, theirs = finished / "t/stage0", tmp_path / "t/stage0"
+    assert not list((folder / "t/stage0").glob("share*"))
+    return done.stdout
+
+
+def same_targets(ours, theirs):
+    """Two stages' targets are the same but for rounding."""
     for mine, other in zip(rows_of(ours), rows_of(theirs), strict=True):
         assert mine["base"] == other["base"]
         assert mine["reward"] == pytest.approx(other["reward"], abs=0.02)
-        assert (
-            np.abs(picture(ours / "fused" / mine["target"]) - picture(theirs / "fused" / mine["target"])).max() < 0.01
-        )
-    assert not list(theirs.glob("share*"))
+        found, wanted = (picture(stage / "fused" / mine["target"]) for stage in (ours, theirs))
+        assert np.abs(found - wanted).max() < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+def test_the_driver_runs_the_fourth_script_with_two_processes(finished, tmp_path):
+    """Four scripts on two processes leave what one process does, but for rounding."""
+    assert "6 targets, reward" in drive(tmp_path, 2, "one_process=False", "schedule.right=3")
+    same_targets(finished / "t/stage0", tmp_path / "t/stage0")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+def test_more_processes_than_pairs_leave_what_one_does(tmp_path):
+    """One prompt has two pairs; the third process fuses none, scores none and trains on none."""
+    few = tmp_path / "few.json"
+    few.write_text('["a red circle"]')
+    own = ("sample.groups=1", f"prompts.train={few}", f"prompts.test={few}")
+    assert "2 targets, reward" in drive(tmp_path / "three", 3, *own)
+    run_stage(configure(tmp_path / "one", 0, *own, "schedule.stage_count=1"))
+    one, three = (tmp_path / name / "t/stage0" for name in ("one", "three"))
+    same_targets(one, three)
+    last = "checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
+    ours, theirs = (load_file(stage / last) for stage in (one, three))
+    moved = torch.cat([own.flatten() for name, own in ours.items() if "lora_B" in name or "lora.up" in name])
+    off = torch.cat([(ours[n] - theirs[n]).flatten() for n in ours if "lora_B" in n or "lora.up" in n])
+    assert moved.abs().max() > 1e-4
+    assert off.norm() < 0.05 * moved.norm()  # AdamW's first step follows the gradient's sign, also where it is rounding
 
 
 @pytest.mark.usefixtures("elsewhere")

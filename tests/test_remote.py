@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from test_distributed import drive
 
 from b2diffurl.errors import UserError
 from b2diffurl.evaluate import before_after
@@ -172,6 +173,19 @@ def test_a_server_judges_while_others_are_sampled(server, tmp_path, monkeypatch)
     rewards = [row["reward"] for row in json.loads((stage / COMPLETE["select"]).read_text())["scores"]]
     pictures = [Image.open(path).convert("RGB") for path in sorted((stage / "images").iterdir())]
     assert rewards == pytest.approx(score(pictures, None, None))
+    assert not (stage / "answers").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_ask_about_every_picture_once(server, tmp_path):
+    """Each asks about what it denoises, and scores another share of the pictures: three groups of three, then two."""
+    done = drive(tmp_path, "sample.groups=5", "schedule.stage_count=1", f"reward.name={server}", "reward.batch_size=2")
+    assert done.returncode == 0, done.stderr
+    stage, evaluation = tmp_path / "t/stage0", json.loads((tmp_path / "t/eval.json").read_text())
+    assert len(Judge.seen) == 15 + sum(row["images"] for row in evaluation["results"])
+    pictures = [Image.open(path).convert("RGB") for path in sorted((stage / "images").iterdir())]
+    rewards = [row["reward"] for row in json.loads((stage / COMPLETE["select"]).read_text())["scores"]]
+    assert rewards == pytest.approx(reference.score(pictures, None, None))
     assert not (stage / "answers").exists()
 
 

@@ -90,6 +90,7 @@ def fresh_folder(target):
     if processes.rank() == 0:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
+    processes.barrier()  # after the block all processes find it
 
 
 def join_shares(folder, tensors):
