@@ -269,7 +269,7 @@ def records(folder, step):
 
 
 def rows_of(stage):
-    return json.loads((stage / "fused.json").read_text())["targets"]
+    return json.loads((stage / "fused.json").read_text())
 
 
 def picture(path):
@@ -294,12 +294,15 @@ def test_what_a_fused_stage_leaves(finished):
             wanted = reward.score(images, prompts)[0]
         line = next(line for line in records(finished, "fuse") if line["stage"] == number)
         assert line["fuse/targets"] == line["fuse/kept"] == len(rows) == 6
+        trained = [np.mean(row["kl"][:-1]) for row in rows]  # schedule.untrained=1
+        assert line["fuse/kl"] == pytest.approx(np.mean(trained), rel=1e-3, abs=1e-4)
         for name, folder in (("target", "fused"), ("base", "images"), ("reference", "images")):
             right = oracle.verdicts([Image.open(stage / folder / row[name]) for row in rows], prompts)
             assert line[f"fuse/{name}_oracle"] == pytest.approx(right.mean(), abs=1e-6)
         for row, own in zip(rows, wanted, strict=True):
-            assert row["reward"] == pytest.approx(own, abs=1e-6)
-            assert row["base_reward"] == by_name[row["base"]]["reward"] < by_name[row["reference"]]["reward"]
+            assert row["reward_target"] == pytest.approx(own, abs=1e-6)
+            assert row["reward_base"] == by_name[row["base"]]["reward"] < row["reward_reference"]
+            assert row["reward_reference"] == by_name[row["reference"]]["reward"]
             base = picture(stage / "images" / row["base"])
             for name, other in (
                 ("distance", "fused/" + row["target"]),
@@ -354,7 +357,7 @@ def test_the_report_shows_each_prompts_pair(finished):
     assert [pair["prompt"] for pair in shown] == list(dict.fromkeys(row["prompt"] for row in rows))
     first = rows[0]
     assert [tile["value"] for tile in shown[0]["tiles"]] == [
-        first["reference_reward"], first["base_reward"], first["reward"], first["mask_share"],
+        first["reward_reference"], first["reward_base"], first["reward_target"], first["mask_share"],
     ]  # fmt: skip
     sheet = np.asarray(report.draw(stage))
     for number, path in enumerate(
@@ -373,7 +376,9 @@ def test_credit_is_the_targets_and_then_its_bases_worth(finished):
     wanted = []
     for row in rows:
         own = [other["reward"] for other in scores if other["prompt"] == row["prompt"]]
-        wanted += [(row[name] - np.mean(own)) / (np.std(own, ddof=1) + 1e-8) for name in ("reward", "base_reward")]
+        wanted += [
+            (row[name] - np.mean(own)) / (np.std(own, ddof=1) + 1e-8) for name in ("reward_target", "reward_base")
+        ]
     assert stored["sample"].tolist() == [number for number in range(12) for _ in range(2)]
     np.testing.assert_allclose(stored["advantage"][::2], wanted, rtol=1e-4, atol=1e-5)
     assert stored["row"][:4].tolist() == [2, 3, 0, 1]  # of a pair the target's transitions, then the base's
@@ -392,7 +397,7 @@ def test_other_algorithms_train_on_targets(finished, tmp_path, more):
         run_stage(configure(tmp_path, stage, *more))
         rows = rows_of(tmp_path / f"t/stage{stage}")
         for row in rows:
-            assert row["kept"] == (row["reward"] > row["base_reward"] or "fusion.keep=better" not in more)
+            assert row["kept"] == (row["reward_target"] > row["reward_base"] or "fusion.keep=better" not in more)
             assert row["mask_share"] == 1 or "fusion.mask=all" not in more
         stored = load_file(tmp_path / f"t/stage{stage}/selected.safetensors")
         if "train.algorithm=dpok" not in more:
@@ -448,7 +453,7 @@ def same_targets(ours, theirs):
     """Two stages' targets are the same but for rounding."""
     for mine, other in zip(rows_of(ours), rows_of(theirs), strict=True):
         assert mine["base"] == other["base"]
-        assert mine["reward"] == pytest.approx(other["reward"], abs=0.02)
+        assert mine["reward_target"] == pytest.approx(other["reward_target"], abs=0.02)
         found, wanted = (picture(stage / "fused" / mine["target"]) for stage in (ours, theirs))
         assert np.abs(found - wanted).max() < 0.01
 

@@ -15,7 +15,9 @@ from .embedded import encoded
 
 PAIRS = 6  # of a stage, shown: the first of each of so many groups
 TILE, LABEL, HEAD = 96, 120, 20  # pixels, of the picture: a tile's side, the prompt's width, the heading's height
-VALUES = {"reference": "reference_reward", "base": "base_reward", "target": "reward", "mask": "mask_share"}
+VALUES = {
+    "reference": "reward_reference", "base": "reward_base", "target": "reward_target", "mask": "mask_share",
+}  # fmt: skip
 
 
 def strip(folder, stage):
@@ -40,7 +42,7 @@ def strip(folder, stage):
 
 def firsts(folder):
     """The first row of fused.json of each of PAIRS groups, of different prompts."""
-    rows = storage.read_json(folder / "fused.json", "run_fuse.py")["targets"]
+    rows = storage.read_json(folder / "fused.json", "run_fuse.py")
     return [*{row["prompt"]: row for row in reversed(rows)}.values()][::-1][:PAIRS]
 
 

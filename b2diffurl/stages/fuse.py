@@ -23,7 +23,8 @@ from .trajectories import read_images, write_credit, write_rollout
 
 NOTHING, EVERYTHING = 0.02, 0.98  # shares of a picture: a mask beyond them selects nothing, or everything
 FIGURES = {  # of metrics.jsonl: the field of fused.json that it is the mean of
-    "fuse/reference_reward": "reference_reward", "fuse/base_reward": "base_reward", "fuse/target_reward": "reward",
+    "fuse/reference_reward": "reward_reference", "fuse/base_reward": "reward_base",
+    "fuse/target_reward": "reward_target",
     "fuse/mask_share": "mask_share", "fuse/distance": "distance", "fuse/reference_distance": "reference_distance",
 }  # fmt: skip
 
@@ -57,7 +58,7 @@ def main(config, started=None, loaded=None):
         if processes.rank():
             return
         plan, own = stage_plan(config), pair_plan(stage_plan(config))
-        table = _rows(config, pairs, found, tensors["mask_share"])
+        table = _rows(config, pairs, found, tensors)
         rule = functools.partial(credit.targets, kept=np.array([row["kept"] for row in table], dtype=bool))
         chosen, _ = credit.assign(own, _normalised(config, run, scores, table), config, rule)
         write_credit(run.stage / "selected.safetensors", chosen)
@@ -70,8 +71,7 @@ def main(config, started=None, loaded=None):
             "time_s": round(time.perf_counter() - started, 3),
         }
         metrics.record(run.metrics, config, "fuse", values)
-        kl = {plan.start + i: round(own, 4) for i, own in enumerate(tensors["kl"].mean(0).tolist())} if pairs else {}
-        storage.write_json(run.stage / "fused.json", {"targets": table, "kl": kl})  # last: the step is complete
+        storage.write_json(run.stage / "fused.json", table)  # last: the step is complete
         forget(answers)
         track(config, "fuse", values, log)
         left = metrics.time_left(run.metrics, config, "fuse", steps(config))
@@ -129,18 +129,21 @@ def _score(config, run, pairs, reward):
     return raw, verdict, np.concatenate([away for away, _ in found])
 
 
-def _rows(config, pairs, found, shares):
+def _rows(config, pairs, found, tensors):
     """fused.json's rows; kept are all, or those whose target beats its base by more than the margin."""
-    raw, _, distances = found
+    (raw, _, distances), kl = found, tensors["kl"].tolist()
     return [
         {
             "target": base["image"], "mask": mask_of(base), "prompt": base["prompt"], "group": base["group"],
-            "reference": reference["image"], "base": base["image"], "reference_reward": reference["reward"],
-            "base_reward": base["reward"], "reward": float(own), "mask_share": round(float(share), 4),
+            "reference": reference["image"], "base": base["image"], "reward_reference": reference["reward"],
+            "reward_base": base["reward"], "reward_target": float(own), "mask_share": round(float(share), 4),
             "distance": round(float(near), 6), "reference_distance": round(float(far), 6),
             "kept": bool(config.fusion.keep == "all" or own - base["reward"] > config.fusion.margin),
+            "kl": [round(nats, 4) for nats in apart],
         }
-        for (reference, base), own, share, (near, far) in zip(pairs, raw, shares, distances, strict=True)
+        for (reference, base), own, share, (near, far), apart in zip(
+            pairs, raw, tensors["mask_share"], distances, kl, strict=True
+        )
     ]  # fmt: skip
 
 
@@ -149,7 +152,8 @@ def _normalised(config, run, scores, table):
     history = history_of(run.previous / "scores.json") if run.previous else []
     history = RewardHistory.from_state(history, config.select.history)
     statistics, _ = history.statistics([row["prompt"] for row in scores], [row["reward"] for row in scores])
-    prompts, rewards = [row["prompt"] for row in table], [[row[n] for row in table] for n in ("base_reward", "reward")]
+    prompts, names = [row["prompt"] for row in table], ("reward_base", "reward_target")
+    rewards = [[row[name] for row in table] for name in names]
     return np.stack([standardise(prompts, own, statistics) for own in rewards], 1)
 
 
@@ -168,7 +172,10 @@ def _figures(table, verdict, kl):
         return values
     means = {name: np.mean([row[field] for row in table]) for name, field in FIGURES.items()}
     means |= {f"fuse/{name}_oracle": own.mean() for name, own in verdict.items()}
-    means |= {"fuse/better": np.mean([row["reward"] > row["base_reward"] for row in table]), "fuse/kl": kl.mean()}
+    means |= {
+        "fuse/better": np.mean([row["reward_target"] > row["reward_base"] for row in table]),
+        "fuse/kl": kl.mean(),
+    }
     return values | {name: round(float(value), 6) for name, value in means.items()}
 
 

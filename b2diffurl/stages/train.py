@@ -94,7 +94,7 @@ def rollout_of(config, run):
     plan = stage_plan(config)
     if not METHODS[config.method].fusion:
         return run.stage / "samples.safetensors", plan, config.sample.groups
-    pairs = storage.read_json(run.stage / "fused.json", "run_fuse.py")["targets"]
+    pairs = storage.read_json(run.stage / "fused.json", "run_fuse.py")
     return run.stage / "fused.safetensors", pair_plan(plan), len(pairs)
 
 
