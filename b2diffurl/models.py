@@ -9,6 +9,7 @@ import platform
 
 import torch
 
+from .errors import UserError
 from .families import load_family, lora, memory
 from .guidance import to_device
 from .policy import Policy
@@ -26,8 +27,19 @@ class Models:
 
     @functools.cached_property
     def family(self):
-        """The Family of config.pretrained.model. Raises UserError where a GPU has too little memory to train it."""
+        """The Family of config.pretrained.model.
+
+        Raises UserError, before any weights are loaded, for steps or pictures that the model does not allow, be it only
+        in the evaluation, and where a GPU has too little memory to train it.
+        """
         family = load_family(self.config)
+        for section, config in (("sample", self.config), ("evaluate", _evaluated(self.config))):
+            own = family if section == "sample" else copy.copy(family)
+            own.config = config
+            try:
+                own.kernel(config.sample.num_steps, config.sample), own.latent_shape
+            except UserError as error:
+                raise UserError(str(error).replace("config.sample.", f"config.{section}.")) from None
         if device().type == "cuda":
             memory.require(family, self.config, torch.cuda.mem_get_info()[1])
         return family
@@ -45,9 +57,7 @@ class Models:
 
     def evaluating(self):
         """The same models, by the settings of config.evaluate where they say otherwise than config.sample."""
-        config, own = self.config.copy_and_resolve_references(), self.config.evaluate
-        for name in ("num_steps", "guidance_scale", "resolution"):
-            config.sample[name] = own[name] or config.sample[name]
+        config, own = _evaluated(self.config), self.config.evaluate
         self.family.denoiser, self.family.vae  # noqa: B018 - what is loaded now, the copy shares
         other, family = copy.copy(self), copy.copy(self.family)
         other.config = family.config = config
@@ -95,6 +105,14 @@ class Models:
         if device().type == "cuda":
             self._reward.move("cpu")
             torch.cuda.empty_cache()
+
+
+def _evaluated(config):
+    """The configuration with config.evaluate's settings in config.sample."""
+    own = config.copy_and_resolve_references()
+    for name in ("num_steps", "guidance_scale", "resolution"):
+        own.sample[name] = config.evaluate[name] or config.sample[name]
+    return own
 
 
 def prepare(config):

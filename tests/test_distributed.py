@@ -154,6 +154,17 @@ TINY_FLUX = (
 )  # fmt: skip
 
 
+def script(folder, text, *arguments):
+    """Run a Python script on two processes -> the finished process."""
+    (folder / "script.py").write_text(text)
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", folder / "script.py",
+         *arguments],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def flux_flags(tmp_path_factory):
     pipeline = tiny_flux.write(tmp_path_factory.mktemp("flux"))
@@ -163,15 +174,9 @@ def flux_flags(tmp_path_factory):
 @pytest.mark.slow
 def test_a_sharded_denoiser_computes_as_the_whole_one(flux_flags, tmp_path):
     """With three calls in one process and one in the other, of which each holds half of the weights."""
-    (tmp_path / "parts.py").write_text(PARTS)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "parts.py",
-         "--config", "config/stage_process.py:flux", *flux_flags],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
+    done = script(tmp_path, PARTS, "--config", "config/stage_process.py:flux", *flux_flags)
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for rank in "01" for line in (tmp_path / f"parts.{rank}").read_text().splitlines()]
+    lines = [line.split() for rank in "01" for line in (tmp_path / f"script.{rank}").read_text().splitlines()]
     held = {(line[0], line[1]): (int(line[2]), int(line[3])) for line in lines if line[0] in ("whole", "sharded")}
     for rank in "01":
         assert held["whole", rank][0] == held["whole", rank][1] == held["sharded", rank][1]
@@ -206,6 +211,67 @@ def test_a_sharded_run_is_the_whole_one(flux_flags, tmp_path):
     assert (tmp_path / "two/t/eval.json").exists()
     with safe_open(tmp_path / "two" / last, "pt") as stored:  # not by the class that FSDP2 makes of it
         assert stored.metadata()["denoiser"] == "FluxTransformer2DModel"
+
+
+MEASURING = """
+import sys, numpy, torch, torchmetrics.image.inception, torchvision
+from PIL import Image
+from b2diffurl.evaluate.measures import Quality
+from b2diffurl.run import processes
+from b2diffurl.run.command import parse
+
+class Logits(torch.nn.Module):  # for a network whose weights have to be downloaded
+    def __init__(self, **given):
+        super().__init__()
+    def forward(self, pictures):
+        return pictures.float().mean((2, 3))
+
+processes.barrier()  # the group is there
+torchmetrics.image.inception.NoTrainInceptionV3, alexnet = Logits, torchvision.models.alexnet
+torchvision.models.alexnet = lambda weights: alexnet()
+if processes.rank() == 0:
+    pixels = numpy.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype="uint8")
+    found = Quality(parse(sys.argv)[0], "cpu")([Image.fromarray(own) for own in pixels], 2)
+    print(sorted(name for name, value in found.items() if value > 0))
+assert processes.gather(processes.rank()) == [0, 1]
+"""
+
+
+@pytest.mark.slow
+def test_one_process_measures_pictures_while_the_other_is_elsewhere(tmp_path):
+    done = script(tmp_path, MEASURING, "--config", "config/stage_process.py:shapes", "--config.evaluate.lpips=True",
+                  "--config.evaluate.inception_score=True")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['inception_score', 'inception_score_std', 'lpips']"
+
+
+FAILING = """
+import atexit
+from b2diffurl.run import command, processes
+
+atexit.register(print, "an orderly end")
+
+def main(config):
+    processes.barrier()
+    if processes.rank():
+        {error}
+    processes.barrier()
+
+command.run_main(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "said"), [
+    ("raise ValueError('a bug of one process')", "ValueError: a bug of one process"),
+    ("raise OSError(28, 'No space left on device')", "No space left on device: model/lora"),
+])  # fmt: skip
+def test_an_error_of_one_process_is_said_and_ends_all(error, said, tmp_path):
+    """At once: an orderly end of NCCL's group, whose others wait elsewhere, would take an hour."""
+    done = script(tmp_path, FAILING.format(error=error), "--config", "config/stage_process.py:shapes")
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "an orderly end" not in done.stdout
 
 
 ORPHAN = """

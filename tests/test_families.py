@@ -341,8 +341,9 @@ def test_a_shift_by_the_pictures_size_is_the_stock_pipelines(tmp_path):
 ])  # fmt: skip
 def test_a_resolution_that_the_model_does_not_allow_is_refused(name, resolution, said, tmp_path):
     own = Kind(name, tmp_path)
-    with pytest.raises(UserError, match=rf"config\.sample\.resolution={resolution}: .*{said}"):
-        Models(own.configure(f"sample.resolution={resolution}")).family  # noqa: B018
+    for section in ("sample", "evaluate"):
+        with pytest.raises(UserError, match=rf"config\.{section}\.resolution={resolution}: .*{said}"):
+            Models(own.configure(f"{section}.resolution={resolution}")).family  # noqa: B018
 
 
 def test_models_distilled_for_few_steps_are_refused(tmp_path):

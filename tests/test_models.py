@@ -65,9 +65,10 @@ def test_scheduler_without_densities_is_refused(with_scheduler, broken):
         scheduler_of(with_scheduler(**broken))
 
 
-def test_more_steps_than_timesteps():
-    with pytest.raises(UserError, match=r"config\.sample\.num_steps=1001"):
-        scheduler_of(configure("--config.sample.num_steps=1001"))
+@pytest.mark.parametrize("section", ["sample", "evaluate"])
+def test_more_steps_than_timesteps(section):
+    with pytest.raises(UserError, match=rf"config\.{section}\.num_steps=1001: the model has 1000 timesteps"):
+        Models(configure(f"--config.{section}.num_steps=1001")).family  # noqa: B018
 
 
 def test_a_part_that_is_missing_is_named(with_scheduler):

@@ -28,7 +28,10 @@ def feature_distance(features):
 
 
 class Quality:
-    """The measures that config.evaluate asks for and that need a network of their own, loaded once."""
+    """The measures that config.evaluate asks for and that need a network of their own, loaded once.
+
+    They are of what their own process gives them: the others may be anywhere, so nothing is waited for.
+    """
 
     def __init__(self, config, device):
         self.device, self.lpips, self.inception = device, None, None
@@ -36,12 +39,12 @@ class Quality:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
             with _weights("LPIPS", "evaluate.lpips"):
-                self.lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex").to(device)
+                self.lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex", sync_on_compute=False).to(device)
         if config.evaluate.inception_score:
             from torchmetrics.image.inception import InceptionScore
 
             with _weights("the Inception Score", "evaluate.inception_score"):
-                self.inception = InceptionScore(splits=SPLITS).to(device)
+                self.inception = InceptionScore(splits=SPLITS, sync_on_compute=False).to(device)
 
     def __call__(self, images, count):
         """PIL images of 64x64 pixels at least, `count` per prompt, in order -> {name: figure}."""

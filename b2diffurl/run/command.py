@@ -1,11 +1,12 @@
 """A command of this project: its settings from the command line, its errors in one line."""
 
 import errno
-import os
 import pathlib
 import sys
+import traceback
 
 from ..errors import SharedError, UserError
+from . import processes
 from .config import check
 
 GO_ON = "then the same command goes on"
@@ -24,6 +25,20 @@ def run_main(main, locked=False, **options):
     options: further string flags of the command with their defaults; a default of None makes the flag required.
     """
     try:
+        _call(main, locked, options)
+    except BaseException as error:
+        if processes.size() > 1:
+            said = error.code if isinstance(error, SystemExit) else traceback.format_exc().rstrip()
+            if isinstance(said, str):
+                print(said, file=sys.stderr)
+            processes.give_up()
+        raise
+    processes.leave()
+
+
+def _call(main, locked, options):
+    """run_main, with SystemExit for what is said in one line."""
+    try:
         config, options = parse(sys.argv, options)
         if locked:
             from . import lock
@@ -31,7 +46,7 @@ def run_main(main, locked=False, **options):
             lock.hold(pathlib.Path(config.save_path) / config.exp_name)
         main(config, **options)
     except UserError as error:
-        if isinstance(error, SharedError) and os.environ.get("RANK", "0") != "0":
+        if isinstance(error, SharedError) and processes.rank():
             sys.exit(1)
         sys.exit(f"{program()}: {error}")
     except OSError as error:

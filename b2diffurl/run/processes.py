@@ -3,10 +3,10 @@
 Every function does the plain thing in a single process, without importing accelerate; PyTorch comes where it is used.
 """
 
-import atexit
 import datetime
 import functools
 import os
+import sys
 import threading
 import time
 
@@ -24,8 +24,27 @@ def _state():
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
     if state.num_processes != size():
         raise UserError(f"{size()} processes were started, and accelerate sees {state.num_processes}: none would wait")
-    atexit.register(torch.distributed.destroy_process_group)
     return state
+
+
+def leave():
+    """Take leave of the others at the end of a command that has gone well."""
+    if _state.cache_info().currsize:
+        import torch
+
+        torch.distributed.destroy_process_group()
+
+
+def give_up():
+    """End this process at once, after an error that the others may not have; in a single process do nothing.
+
+    They may be waiting for this one in a collective call. NCCL's orderly end waits for them in turn; a launcher that
+    sees a process end stops the rest.
+    """
+    if size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def follow_parent():
