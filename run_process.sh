@@ -8,7 +8,7 @@ cd "$(dirname "$0")"
 
 if [ -n "${PRESET:-}" ]; then
   echo "preset $PRESET (PRESET is set)"
-elif [ "${CUDA_VISIBLE_DEVICES-all}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+elif [[ ${CUDA_VISIBLE_DEVICES-all} == [!-]* ]] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
   PRESET=sdv1.4
   echo "preset $PRESET: CUDA is present (PRESET=shapes for the small world)"
 else

@@ -113,12 +113,13 @@ def assign(plan, normalised, config, rule=None):
         if preference:
             won = _couples(nodes, nodes // siblings)
             rows, rivals, advantages = rows[won], rows[won + 1], advantages[won]
-        of_node = np.stack([advantages, samples + np.arange(len(rows))], 1)[:, None]
-        found.append((rows.ravel(), *np.broadcast_to(of_node, (*rows.shape, 2)).reshape(-1, 2).T, rivals.ravel()))
+        each = rows.shape[1]
+        numbers = samples + np.arange(len(rows))
+        found.append((rows.ravel(), np.repeat(advantages, each), np.repeat(numbers, each), rivals.ravel()))
         samples += len(rows)
     row, advantage, sample, rival = (np.concatenate(own) for own in zip(*found, strict=True))
     advantage = weigh(advantage, train.adv_clip, train.positive_weight, train.negative_weight)
-    return Credit(row, advantage, sample.astype(np.int64), rival if preference else None), chosen
+    return Credit(row, advantage, sample, rival if preference else None), chosen
 
 
 def _couples(nodes, sets):

@@ -65,7 +65,7 @@ class Flow:
         return self.scheduler.timesteps[step]
 
     def transition(self, prediction, step, latents):
-        """Mean (B, ...) and σ (B, 1, ...), float32, of the steps (B,) from latents with their velocities."""
+        """Mean (B, ...) and standard deviation (B, 1, ...), float32, of the steps (B,) from latents with velocities."""
         sigmas = self.scheduler.sigmas
         given = prediction, latents, sigmas[step], sigmas[step + 1]
         mean, std = transition(*given, self.noise_level, self.sampler)

@@ -97,7 +97,11 @@ class Plan:
 
     def trained(self, level):
         """How many trained steps lead to a node's states."""
-        return self.stored(level) if level and self.levels[level].first > self.start else max(0, self.stored(level) - 1)
+        return self.stored(level) if self.from_fork(level) else max(0, self.stored(level) - 1)
+
+    def from_fork(self, level):
+        """Whether a level's first transition leaves its parent's last state, and is trained as the others are."""
+        return level > 0 and self.levels[level].first > self.start
 
     @property
     def states(self):
@@ -112,7 +116,7 @@ class Plan:
             stored = self.stored(level)
             for node in range(own.nodes):
                 state = offset + node * stored
-                if self.trained(level) == stored > 0:  # the fork's own step, from the parent's last state
+                if self.from_fork(level) and stored:  # the fork's own step, from the parent's last state
                     parent = above + (node // own.fan_out + 1) * self.stored(level - 1) - 1
                     rows.append((parent, state, own.first - 1, level, node))
                 time = own.last - self.left_out(level) - stored + 1

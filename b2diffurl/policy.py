@@ -76,6 +76,7 @@ class Policy:
         while sharding.is_sharded(self.denoiser) and sharding.calls(False):
             latents = torch.zeros(1, *self.family.latent_shape, device=self.device, dtype=self.latent_dtype)
             time = self.kernel.time(torch.zeros(1, dtype=torch.long, device=self.device))
-            found = self.family.predict(self.denoiser, latents, time, self.negative, self.negative, self.guidance)
+            with torch.set_grad_enabled(backward):
+                found = self.family.predict(self.denoiser, latents, time, self.negative, self.negative, self.guidance)
             if backward:
                 found.backward(torch.zeros_like(found))

@@ -2,8 +2,8 @@
 
 `sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size, and `shapes_flow` that with
 a flow-matching model; `shapes_dfusion` is D-Fusion in that world. `sdxl`, `sd3.5` and `flux` carry it to larger
-models, `dfusion_sd2.1` is D-Fusion's run; nobody has run these four yet. In brackets: the name in the authors' code,
-where it differs.
+models, `dfusion_sd2.1` is D-Fusion's run. None of these four, nor `sdv1.4`, has been run here with published weights.
+In brackets: the name in the authors' code, where it differs.
 """
 
 import ml_collections
@@ -46,7 +46,7 @@ def sdv1_4():
     config.pretrained.max_sequence_length = 256  # tokens of a prompt that T5 sees (SD3's pipeline: 256, FLUX's: 512)
 
     config.prompts = ml_collections.ConfigDict()
-    config.prompts.train = "prompts/template1_train.json"  # JSON array of strings [prompt_file]
+    config.prompts.train = "prompts/template1_train.json"  # a JSON array of strings, or .jsonl [prompt_file]
     config.prompts.test = "prompts/template1_test.json"  # never trained on; for the evaluation
 
     config.schedule = ml_collections.ConfigDict()
@@ -97,8 +97,8 @@ def sdv1_4():
     config.select.neg_threshold = -0.5  # normalised reward below which a group's worst is kept [eval.neg_threshold]
 
     config.select.credit = ""  # contrast (the paper's) | group (all branches, normalised in their group) | all (DDPO's)
-    # | ranked (the best quarter twice, against the worst half); "": contrast where the method branches, group for a
-    # tree, all where it does not branch
+    # | ranked (the best quarter twice, against the worst half); "": contrast where the method branches and for dpo,
+    # group for a tree, all where the method does not branch
 
     config.fusion = ml_collections.ConfigDict()  # of config.method=dfusion, see docs/d-fusion/README.md
     config.fusion.first_step = 2  # the first step that is fused, counted from 0
@@ -150,7 +150,7 @@ def sdv1_4():
     config.evaluate.seed = 1_000_000  # of the fixed evaluation noise; training uses none of it
     config.evaluate.lpips = True  # also LPIPS within prompts; torchvision downloads AlexNet for it
     config.evaluate.inception_score = True  # also the Inception Score; torch-fidelity downloads its network
-    config.evaluate.oracle = False  # also ask the shapes oracle (measured only, never trained on)
+    config.evaluate.oracle = False  # also ask the shapes oracle; only the rewards of shapes/ladder.py train on it
     return config.lock()
 
 
@@ -172,7 +172,7 @@ def shapes():
     config.reward.model = "local-dir:model/shapes/clip"
     config.reward.weights = ""
     config.reward.batch_size = 120
-    config.train.learning_rate = 4e-3  # 40x: about 60 updates in the whole run, the paper's has a few thousand
+    config.train.learning_rate = 4e-3  # 40x: about 60 updates in the whole run, the paper's has a few hundred
     config.train.batch_size = 128
     config.train.trajectories_per_update = 32  # a stage keeps about 65 samples: 3 updates per epoch
     config.train.accumulate_over = "epoch"
@@ -261,7 +261,7 @@ def sdxl():
     config.sample.num_steps = 50  # [F]
     config.sample.guidance_scale = 7.5  # [F]
     config.sample.branches = 8  # [F] images per prompt
-    config.sample.groups = 64  # half of the paper's queries per stage: 512
+    config.sample.groups = 64  # 512 queries per stage, 40 % of the paper's
     config.sample.batch_size = 4
     config.schedule.left = 35  # the paper's share, 14 of 20 steps
     config.schedule.right = 50
@@ -293,10 +293,10 @@ def sd3_5():
     config.sample.batch_size = 9  # [G]
     config.schedule.left = 7  # the paper's share of the steps
     config.schedule.right = 10
-    config.schedule.untrained = 1  # [G] trains 0.99 of the steps, all but the last
+    config.schedule.untrained = 2  # [G] all but the last; the one before it multiplies bf16's rounding by 32
     config.train.learning_rate = 3e-4  # [G]
     config.train.lora_rank = 32  # [G], there with scale 2
-    config.train.clip_range = 1e-4  # [G], of the mean's ratio
+    config.train.clip_range = 0.02  # of the mean's ratio; [G]'s 1e-4 is less than bf16's rounding (docs/precision.md)
     config.train.batch_size = 9  # [G]
     config.evaluate.num_steps = 40  # [G]
     config.evaluate.ode = True  # [G]
@@ -317,6 +317,7 @@ def flux():
     config.sample.noise_level = 0.8  # sd3.5's; with flow_sde 0.9 [G]
     config.schedule.left = 4  # the paper's share of the steps
     config.schedule.right = 6
+    config.schedule.untrained = 1
     config.train.lora_rank = 64  # [G], there with scale 2
     config.train.batch_size = 3
     config.train.gradient_checkpointing = True

@@ -24,12 +24,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Answers a POST of {"prompts", "metadata", "images"} with {"scores"}."""
 
     def do_POST(self):
+        status = 400  # the trainer's mistake, and not asked again, as with 500
         try:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             images = [Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") for png in asked["images"]]
+            status = 500
             status, said = 200, {"scores": score(images, asked["prompts"], asked["metadata"])}
         except Exception as error:  # whatever went wrong, the trainer shall read it
-            status, said = 400, {"error": repr(error)}
+            said = {"error": repr(error)}
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.end_headers()

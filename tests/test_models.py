@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from b2diffurl.errors import UserError
-from b2diffurl.families import lora, sd
+from b2diffurl.families import load_family, lora, sd
 from b2diffurl.families.loading import revision
 from b2diffurl.models import Models
 from b2diffurl.rewards import load_clip
@@ -22,7 +22,7 @@ def configure(*more):
 
 
 def scheduler_of(config):
-    return Models(config).kernel.scheduler
+    return load_family(config).kernel(config.sample.num_steps, config.sample).scheduler
 
 
 @pytest.fixture
@@ -145,12 +145,12 @@ def test_a_pipeline_of_another_family_is_named(tmp_path):
 def test_any_pipeline_of_stable_diffusions_kind_is_its_family(tmp_path, kind):
     """Others' too, that bring code of their own, and folders whose index names none."""
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind} if kind else {}))
-    assert type(Models(configure(f"--config.pretrained.model={tmp_path}")).family) is sd.StableDiffusion
+    assert type(load_family(configure(f"--config.pretrained.model={tmp_path}"))) is sd.StableDiffusion
 
 
 def test_a_hubs_model_whose_index_is_not_in_the_cache_is_stable_diffusion():
     """As where earlier runs have put its parts there; the tests' hub is offline."""
-    assert type(Models(configure("--config.pretrained.model=nobody/nothing-at-all")).family) is sd.StableDiffusion
+    assert type(load_family(configure("--config.pretrained.model=nobody/nothing-at-all"))) is sd.StableDiffusion
 
 
 def test_the_revision_is_a_commit_where_one_is_known():

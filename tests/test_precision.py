@@ -1,16 +1,24 @@
 """The first pass's check: what it measures, what rounding does to it in each precision, what it stops and names."""
 
+import math
+import statistics
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from b2diffurl import first_pass, gaussian
+from b2diffurl.bench.random_weights import SCHEDULER
 from b2diffurl.ddim import DDIM
 from b2diffurl.families.loading import DTYPES
+from b2diffurl.families.sd3 import shift
+from b2diffurl.flow import Flow
 from b2diffurl.losses import ddpo_is
 from b2diffurl.models import Models
+from b2diffurl.plan import stage_plan
 from b2diffurl.run.command import parse
 
 
@@ -127,6 +135,30 @@ def test_the_first_pass_is_judged_by_step_and_by_what_rounding_clips(scheduler):
         check(systematic, steps, config, scheduler)
     config.train.clip_range = 0.1  # the paper's: rounding that systematic does not pass it often
     assert 0.02 < check(systematic, steps, config, scheduler) < 0.5
+
+
+@pytest.mark.parametrize("preset", ["sdv1.4", "sdxl", "sd3.5", "flux"])
+def test_rounding_leaves_the_presets_ratios_in_their_clip(preset):
+    """By the model of prediction_error, for bf16 at SD's geometry (docs/speed.md), over the first interval."""
+    config = parse(["x", "--config", f"config/stage_process.py:{preset}"])[0]
+    steps, off, plan = config.sample.num_steps, 0.02, stage_plan(config)
+    if preset[:2] == "sd" and preset != "sd3.5":
+        scheduler = DDIMScheduler(**SCHEDULER)
+        scheduler.set_timesteps(steps)
+        kernel, dimensions = DDIM(scheduler, config.sample.eta), 4 * (config.sample.resolution or 512) ** 2 // 64
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=preset == "flux")
+        given = {"mu": shift(1024, scheduler.config, 1.15), "sigmas": np.linspace(1, 1 / steps, steps).tolist()}
+        scheduler.set_timesteps(**given if preset == "flux" else {"num_inference_steps": steps})
+        kernel, dimensions = Flow(scheduler, config.sample.noise_level, config.sample.sampler), 16 * 64 * 64
+    clipped = []
+    for step in range(plan.start, steps - plan.untrained):
+        shift_of_mean = off * kernel.gain(step)
+        log_ratio = statistics.NormalDist(-(shift_of_mean**2) / 2, shift_of_mean / dimensions**0.5)
+        high, low = (math.log1p(sign * config.train.clip_range) for sign in (1, -1))
+        clipped.append(1 - log_ratio.cdf(high) + log_ratio.cdf(low))
+    assert len(clipped) > 1
+    assert np.mean(clipped) < first_pass.MOST_CLIPPED
 
 
 def test_log_prob_sum_is_judged_by_the_same_prediction(scheduler):

@@ -84,7 +84,16 @@ def test_what_the_page_shows_is_what_the_run_holds(run):
     for row in shown:
         assert f"{row['reward']:.3f} ({row['normalised']:+.2f})" in tags.text
     titles = [attributes["alt"] for tag, attributes in tags.seen if tag == "img" and "alt" in attributes]
-    for title in ("Reward", "Diversity", "Interval", "Kept samples", "Ratio", "KL", "Gradient norm", "Time"):
+    for title in (
+        "Reward",
+        "Diversity",
+        "Interval",
+        "Kept samples",
+        "Ratio",
+        "Squared log ratio",
+        "Gradient norm",
+        "Time",
+    ):
         assert title in titles
     assert "Oracle alignment" not in titles  # a prompt is not of the oracle's world
     assert "last finished: train of stage 0" in tags.text

@@ -144,6 +144,29 @@ def test_scores_are_float32s_whatever_the_runs_precision(hf_clip):
         assert torch.equal(half, full)
 
 
+def test_a_users_function_gets_pictures_of_its_own(monkeypatch, tmp_path):
+    (tmp_path / "shrinking.py").write_text(
+        "def reward(images, prompts):\n    return [image.thumbnail((2, 2)) or image.width for image in images]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = images()
+    assert load("--config.reward.name=shrinking:reward").score(given, PROMPTS)[0].tolist() == [2.0] * len(given)
+    assert [image.size for image in given] == [image.size for image in images()]
+    with pytest.raises(UserError, match="it is no function, but float"):
+        load("--config.reward.name=math:pi")
+
+
+def test_clips_features_are_float32s_outside_of_the_score_too(monkeypatch):
+    seen, clip, switch = [], load().terms[0][2], torch.backends.cuda.matmul
+    encode, before = clip.model.encode_image, switch.allow_tf32
+    monkeypatch.setattr(clip.model, "encode_image", lambda batch: seen.append(switch.allow_tf32) or encode(batch))
+    switch.allow_tf32 = True
+    clip.features(images())
+    assert switch.allow_tf32
+    switch.allow_tf32 = before
+    assert seen == [False]
+
+
 def test_rewards_never_compute_in_tf32_and_leave_the_setting_as_it_was():
     seen, switches = [], (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]

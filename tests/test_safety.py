@@ -22,7 +22,7 @@ from b2diffurl.run import folder as run_folder
 from b2diffurl.run import lock, storage
 from b2diffurl.run.command import parse, run_main
 from b2diffurl.run.folder import Run, checkpoint_of, flat, require_shared
-from b2diffurl.stages import loop, sample, select, train
+from b2diffurl.stages import loop, preflight, sample, select, train
 
 SMALL = (
     "sample.groups=3", "sample.branches=3", "schedule.stage_count=4", "schedule.left=2", "schedule.right=3",
@@ -113,6 +113,24 @@ def test_what_a_reward_prints_does_not_hide_the_plan(tmp_path):
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}"},
     )  # fmt: skip
     assert done.stdout.splitlines() == ["Loading a model", f"4 one 0 {tmp_path}/t"]  # the driver reads the last line
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_said_before_anything_runs_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    script(tmp_path / "nvidia-smi", "echo GPU 0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=r"nvidia-smi lists a GPU, and PyTorch .* cannot use it: is the driver too old"):
+        preflight.require_gpu()
+    for visible in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        preflight.require_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    preflight.require_gpu()
+    script(tmp_path / "nvidia-smi", "exit 9")  # a driver without a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    preflight.require_gpu()
 
 
 def test_other_words_in_the_prompt_file_are_another_run(begun, tmp_path):

@@ -22,7 +22,7 @@ from ..families.loading import DTYPES
 from ..guidance import take, to_device
 from ..models import Models
 from ..plan import stage_plan
-from ..rewards import full_float32
+from ..rewards.loading import full_float32
 from ..rollout import denoise
 from ..run import metrics
 from ..run.folder import versions

@@ -85,5 +85,5 @@ if __name__ == "__main__":
     parser.add_argument("--push", metavar="USER/NAME", help="upload to the hub, with the token of `hf auth login`")
     try:
         main(parser.parse_args())
-    except UserError as error:
+    except (UserError, OSError) as error:  # no room, no token of the hub
         sys.exit(f"export: {error}")

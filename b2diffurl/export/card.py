@@ -53,7 +53,7 @@ from diffusers import DiffusionPipeline{scheduler}
 
 pipeline = DiffusionPipeline.from_pretrained("{model}")
 pipeline.load_lora_weights("{where}", weight_name="{file}")
-{sampler}pipeline({prompt}, num_inference_steps={steps}, guidance_scale={guidance}{eta}).images[0]
+{sampler}pipeline({prompt}, num_inference_steps={steps}, guidance_scale={guidance}{eta}{size}).images[0]
 ```
 """
 SAMPLER = "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # as it was trained\n"
@@ -97,10 +97,13 @@ def _loading(known, config, prompt, given):
     """How the LoRA is loaded."""
     if given["form"] == "kohya" and given["denoiser"] == "SD3Transformer2DModel":
         return COMFYUI.format(**given)
-    own = dict.fromkeys(("scheduler", "sampler", "eta"), "")
+    names = "num_steps", "guidance_scale", "resolution"
+    steps, guidance, side = (config.get(f"evaluate.{name}") or config[f"sample.{name}"] for name in names)
+    own = {"steps": steps, "guidance": guidance, "size": f", height={side}, width={side}" if side else ""}
+    own |= dict.fromkeys(("scheduler", "sampler", "eta"), "")
     if given["denoiser"].startswith("UNet"):  # the others' stock scheduler has no such noise
-        own = {"scheduler": ", DDIMScheduler", "sampler": SAMPLER, "eta": f", eta={config['sample.eta']}"}
-    return DIFFUSERS.format(**known, **own, prompt=prompt, file=given["file"], where=given["repository"] or ".")
+        own |= {"scheduler": ", DDIMScheduler", "sampler": SAMPLER, "eta": f", eta={config['sample.eta']}"}
+    return DIFFUSERS.format(**known | own, prompt=prompt, file=given["file"], where=given["repository"] or ".")
 
 
 def _results(found, pictures):

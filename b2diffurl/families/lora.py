@@ -47,10 +47,8 @@ def load(denoiser, folder):
         names = {f"{_component(denoiser)}.{name}": parameter for name, parameter in _as_stored(lora).items()}
         if foreign := names.keys() ^ stored.keys():  # diffusers passes over what it does not know
             raise ValueError(f"{min(foreign)} is in one of them only")
-        for (
-            name,
-            parameter,
-        ) in names.items():  # once more, since diffusers rounds what it loads to the denoiser's precision
+        # Once more, since diffusers rounds what it loads to the denoiser's precision.
+        for name, parameter in names.items():
             parameter.data.copy_(stored[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{folder} holds no LoRA of this model: {str(error).splitlines()[0]}") from None

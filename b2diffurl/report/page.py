@@ -17,8 +17,8 @@ from .fused import strip
 
 CHARTS = (  # title, what it says, step, {figure: label}, against
     ("Reward", "Mean over the stage's images, before that stage's training.", "select", {"reward/mean": ""}, "queries"),
-    ("Oracle alignment", "Share of the stage's images that show what their prompt says. Never trained on: where it "
-     "parts from the reward, the reward is gamed.", "select", {"oracle/alignment": ""}, "queries"),
+    ("Oracle alignment", "Share of the stage's images that show what their prompt says. Where it parts from "
+     "the reward, the reward is gamed.", "select", {"oracle/alignment": ""}, "queries"),
     ("Diversity", "Mean CLIP-feature distance between a prompt's images of different groups. A fall to 0 is a "
      "collapse.", "select", {"diversity/clip": ""}, "queries"),
     ("Reward spread", "Standard deviation over all images, and within branch groups: what the interval decides.",
@@ -33,8 +33,11 @@ CHARTS = (  # title, what it says, step, {figure: label}, against
      "train", {"policy/ratio_first_error": "largest |ratio - 1|"}, "stage"),
     ("Clip fraction", "Share of transitions beyond the clip range.", "train", {"policy/clipfrac": ""},
      "stage"),
-    ("KL", "Mean (log ratio)² / 2 to the policy that sampled; nats per dimension with averaged log-probabilities.",
-     "train", {"policy/approx_kl": "", "policy/kl_pretrained": "to the base model"}, "stage"),
+    ("Squared log ratio", "Mean (log ρ)² / 2 to the policy that sampled: about its KL in nats where that is small; "
+     "with averaged log-probabilities that KL over the square of the dimensions.", "train", {"policy/approx_kl": ""},
+     "stage"),
+    ("KL to the base model", "Of a transition, in nats; per dimension with averaged log-probabilities.", "train",
+     {"policy/kl_pretrained": ""}, "stage"),
     ("Gradient norm", "Before clipping, mean and largest of a stage's updates. A steady rise comes before a collapse.",
      "train", {"train/grad_norm": "mean", "train/grad_norm_max": "largest"}, "stage"),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Rewards: one file each, one common call `reward(images, prompts) -> (N,)`, higher is better.
 
 images are N PIL images, prompts N strings. A reward with a third argument `metadata` gets N dicts: what a JSON Lines
-prompt file says of the prompts. config.reward.name is one of configuration.REWARDS, your own
+prompt file says of the prompts. config.reward.name is one of run.config.REWARDS, your own
 "package.module:function", a server's URL, or a weighted mix of them: "clip:1.0 + aesthetic:0.2".
 """
 
@@ -12,8 +12,9 @@ import inspect
 import torch
 
 from ..errors import UserError
-from ..run.config import is_url, reward_terms
+from ..run.config import is_function, is_url, reward_terms
 from ..run.prompts import read_metadata, read_prompts
+from .loading import full_float32
 from .remote import Remote
 
 
@@ -34,10 +35,11 @@ class Reward:
 
     def ask(self, images, prompts):
         """{term: what it returns}, unchecked, in the precision that is set."""
-        known = {"metadata": [self.metadata.get(prompt, {}) for prompt in prompts]}
-        return {
-            name: reward(images, prompts, **(known if takes_metadata(reward) else {})) for name, _, reward in self.terms
-        }
+        known, found = {"metadata": [self.metadata.get(prompt, {}) for prompt in prompts]}, {}
+        for name, _, reward in self.terms:
+            own = [image.copy() for image in images] if is_function(name) else images  # a user's may change them
+            found[name] = reward(own, prompts, **(known if takes_metadata(reward) else {}))
+        return found
 
     @contextlib.contextmanager
     def answers_in(self, folder):
@@ -72,20 +74,6 @@ def takes_metadata(reward):
         return False
 
 
-@contextlib.contextmanager
-def full_float32():
-    """No TF32 meanwhile: within a group scores differ in the second decimal, and its 10 bits would show."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for switch, allowed in zip(switches, before, strict=True):
-            switch.allow_tf32 = allowed
-
-
 def load_reward(config, device, wanted=lambda name: True):
     """The Reward that config.reward.name names, each term loaded once, on the device, in float32 (LLaVA: the run's).
 
@@ -93,9 +81,9 @@ def load_reward(config, device, wanted=lambda name: True):
     """
     named = [own for own in reward_terms(config.reward.name) if wanted(own[0])]
     terms = [(name, weight, _load(name, config, device)) for name, weight in named]
-    train, metadata = config.prompts.train, read_metadata(config.prompts.test)
-    metadata = {prompt: more for prompt, more in metadata.items() if prompt not in read_prompts(train)}
-    return Reward(terms, metadata | read_metadata(train))
+    own, metadata = set(read_prompts(config.prompts.train)), read_metadata(config.prompts.test)
+    metadata = {prompt: more for prompt, more in metadata.items() if prompt not in own}
+    return Reward(terms, metadata | read_metadata(config.prompts.train))
 
 
 def _load(name, config, device):
@@ -132,12 +120,15 @@ def _load(name, config, device):
 
 
 def user_function(name):
-    """The function of a "package.module:function"; UserError where it does not import."""
+    """The function of a "package.module:function"; UserError where it does not import, or is none."""
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(f"config.reward.name={name!r} does not load: {error}") from None
+    if not callable(found):
+        raise UserError(f"config.reward.name={name!r} does not load: it is no function, but {type(found).__name__}")
+    return found
 
 
 def load_clip(config, device):

@@ -6,6 +6,7 @@ import torch
 
 from ..ahead import ahead
 from ..errors import UserError
+from .loading import full_float32
 
 
 class ClipReward:
@@ -34,6 +35,7 @@ class ClipReward:
         self.batch_size, self.device = batch_size, device
 
     @torch.no_grad()
+    @full_float32()  # of the evaluation and the diversity too, which ask here and not at Reward.score
     def features(self, images):
         """PIL images -> unit feature vectors (N, D), float32 on the device."""
         with concurrent.futures.ThreadPoolExecutor() as pool:  # resizing takes longer than scoring on a GPU
@@ -48,6 +50,7 @@ class ClipReward:
         return torch.cat(rows)
 
     @torch.no_grad()
+    @full_float32()
     def __call__(self, images, prompts):
         """Cosine of each PIL image with its own prompt -> (N,) float32 on the CPU."""
         distinct = list(dict.fromkeys(prompts))

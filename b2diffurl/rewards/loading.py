@@ -1,8 +1,24 @@
-"""Loading a published model for a reward, or saying in one line why it does not load."""
+"""Loading a published model for a reward, or saying in one line why it does not load; the precision it computes in."""
 
 import contextlib
 
+import torch
+
 from ..errors import UserError
+
+
+@contextlib.contextmanager
+def full_float32():
+    """No TF32 meanwhile: within a group scores differ in the second decimal, and its 10 bits would show."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
 
 
 @contextlib.contextmanager

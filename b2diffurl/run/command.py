@@ -2,6 +2,7 @@
 
 import errno
 import pathlib
+import re
 import sys
 import traceback
 
@@ -101,5 +102,6 @@ def parse(argv, options=None):
 
 def _blame(argv, error):
     """The argument that names the field which an unknown-field error is about, else the error's own words."""
-    field = str(error).strip("\"'").split("'")[0]
+    quoted = re.search(r"\w+", str(error))
+    field = quoted.group() if quoted else ""
     return next((argument for argument in argv if field and field in argument.partition("=")[0]), str(error))

@@ -41,7 +41,7 @@ AT_LEAST = {
     "train.lora_rank": 1, "train.target_kl": 0, "evaluate.images_per_prompt": 1, "keep.images": 0,
     "keep.trajectories": 0, "keep.optimiser": 0, "sample.resolution": 0, "pretrained.max_sequence_length": 0,
     "schedule.plateau": 0, "evaluate.num_steps": 0, "evaluate.resolution": 0, "fusion.first_step": 0,
-    "fusion.threshold": 0,
+    "fusion.threshold": 0, "train.adam_weight_decay": 0, "train.adam_epsilon": 0,
 }  # fmt: skip
 ABOVE_0 = (
     "sample.eta", "sample.noise_level", "train.learning_rate", "train.clip_range", "train.max_grad_norm",
@@ -51,8 +51,9 @@ ABOVE_0 = (
 FINITE = (
     "sample.guidance_scale", "select.pos_threshold", "select.neg_threshold", "train.positive_weight",
     "train.negative_weight", "train.kl_weight", "train.target_kl", "evaluate.guidance_scale",
-    "fusion.threshold", "fusion.margin",
+    "fusion.threshold", "fusion.margin", "train.adam_weight_decay", "train.adam_epsilon",
 )  # fmt: skip
+BELOW_1 = ("train.ema_decay", "train.dpo_clip_range", "train.adam_beta1", "train.adam_beta2")
 REWARDS = (
     "clip", "bertscore", "aesthetic", "pickscore", "hpsv2", "jpeg_compressibility", "jpeg_incompressibility",
 )  # fmt: skip
@@ -67,8 +68,9 @@ WEIGHTS = {  # reward -> the setting of a file that nothing downloads by itself,
 
 def check(config):
     """Raise UserError for the first value that no run could work with, missing files included."""
-    _require(config.exp_name and "/" not in config.exp_name and not config.exp_name.startswith("."),
-             "exp_name", config.exp_name, "must be a plain folder name")  # fmt: skip
+    name = config.exp_name
+    plain = name == name.strip() and name.isprintable() and "/" not in name and not name.startswith(".")
+    _require(name and plain and len(name.encode()) <= 200, "exp_name", name, "must be a plain folder name")
     for field, words in CHOICES.items():
         value = _get(config, field)
         _require(value in words, field, value, f"must be one of {', '.join(word or repr(word) for word in words)}")
@@ -99,9 +101,8 @@ def _check_numbers(config):
     for field in ABOVE_0:
         value = _get(config, field)
         _require(math.isfinite(value) and value > 0, field, value, "must be a finite number above 0")
-    _require(0 <= config.train.ema_decay < 1, "train.ema_decay", config.train.ema_decay, "must be in [0, 1)")
-    _require(0 <= config.train.dpo_clip_range < 1, "train.dpo_clip_range", config.train.dpo_clip_range,
-             "must be in [0, 1)")  # fmt: skip
+    for field in BELOW_1:
+        _require(0 <= _get(config, field) < 1, field, _get(config, field), "must be in [0, 1)")
     _require(config.sample.eta <= 1, "sample.eta", config.sample.eta, "must be at most 1")
     level, sampler = config.sample.noise_level, config.sample.sampler
     _require(level <= 1 or sampler != "cps", "sample.noise_level", level,
@@ -150,6 +151,11 @@ def reward_terms(name):
 def is_url(name):
     """Whether a reward is a server's."""
     return name.startswith(("http://", "https://"))
+
+
+def is_function(name):
+    """Whether a reward is a user's own, "package.module:function"."""
+    return ":" in name and not is_url(name)
 
 
 def _check_reward(reward):

@@ -81,6 +81,14 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def use_device():
+    """Make the process's own GPU the calling thread's: a new thread begins with the machine's first one."""
+    import torch
+
+    if size() > 1 and device().type == "cuda":
+        torch.cuda.set_device(device())
+
+
 def share(count):
     """The slice of `count` things that is this process's: contiguous, sizes differ by at most one, maybe empty."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())

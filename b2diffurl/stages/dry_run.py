@@ -3,7 +3,7 @@
 import statistics
 
 from ..bench import rates
-from ..losses import ALGORITHMS
+from ..losses import ALGORITHMS, refers_to_base
 from ..models import Models
 from ..plan import METHODS, queries
 from ..run import metrics
@@ -21,11 +21,14 @@ def main(config):
     sampling, latent, pictures = rates.measure_sampling(loaded, None, BUDGET)
     scoring = rates.measure_scoring(loaded, pictures, BUDGET)
     algorithm, epochs = config.train.algorithm, config.train.num_epochs  # measuring sets the algorithm
+    asks_base = ALGORITHMS[algorithm].pretrained or refers_to_base(config.train)
     training = rates.measure_training(loaded, None, BUDGET)
     epochs = 1 if ALGORITHMS[algorithm].on_policy else epochs
     images = config.sample.groups * plans[0].images
     transitions = epochs * config.sample.groups * statistics.mean(trained(config, plan) for plan in plans)
     seconds = [images / sampling["per_s"], images / scoring["per_s"], transitions / training["per_s"]]
+    if asks_base:
+        seconds[2] += transitions / epochs * sampling["seconds_per_step"]
     fused = queries(config) - images
     stored = rates.sizes(config, latent, pictures[0])["stored_bytes_per_image"] * (images + 2 * fused)
     before_after = 2 * config.evaluate.images_per_prompt * len(prompts(config))

@@ -1,8 +1,13 @@
 """What run_process.sh asks before it starts; the last line is "<stages> <steps or "one"> <plateau> <run folder>"."""
 
+import os
+import shutil
+import subprocess
+
+from ..errors import UserError
 from ..plan import METHODS
 from ..run.command import run_main
-from ..run.config import is_url, reward_terms
+from ..run.config import is_function, reward_terms
 from ..run.folder import Run
 from ..run.prompts import read_prompts
 from .begin import steps
@@ -14,10 +19,11 @@ def main(config):
 
     The processes are "one" of all steps, or the steps that have one each: sample,select,train.
     """
+    require_gpu()
     run = Run(config)
     run.check(config)
     for name, _ in reward_terms(config.reward.name):
-        if ":" in name and not is_url(name):  # a user's function
+        if is_function(name):
             from ..rewards import user_function
 
             user_function(name)
@@ -32,6 +38,24 @@ def main(config):
         Quality(config, "cpu")
     processes = "one" if config.one_process else ",".join(steps(config))
     print(config.schedule.stage_count, processes, config.schedule.plateau, run.folder)
+
+
+def require_gpu():
+    """Raise UserError where the machine shows a GPU that PyTorch cannot use: the run would go to the CPU, unnoticed."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    if not visible or visible.startswith("-") or not shutil.which("nvidia-smi"):
+        return
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    if "GPU" not in listed:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"nvidia-smi lists a GPU, and PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: is "
+            "the driver too old for that CUDA? Give PYTHON=/path/to/python with a build for your driver, or "
+            "CUDA_VISIBLE_DEVICES= for the CPU"
+        )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def main(config, started=None, loaded=None):
             future.result()
 
     with asking(config, run.stage / "answers", log) as ask:  # to its end, which waits: what is sampled is safe by then
-        with storage.fresh_folder(run.stage / "images") as folder, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        threads = concurrent.futures.ThreadPoolExecutor(4, initializer=processes.use_device)
+        with storage.fresh_folder(run.stage / "images") as folder, threads as pool:
             processes.agree(work)
         times = {"started": started, "ready": ready, "sampled": time.perf_counter()}
         tensors = storage.join_shares(run.stage, tensors)

@@ -54,6 +54,7 @@ def asking(config, folder, log):
 
     def work():
         try:
+            processes.use_device()
             for images, prompts in _requests(waiting, config.reward.batch_size):
                 servers.ask(images, prompts)
         except Exception as error:  # whatever it is, sampling goes on
