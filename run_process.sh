@@ -6,6 +6,16 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
+for flag in "$@"; do
+  case $flag in
+    -h | --help)
+      sed -n '2,5s/^# //p' run_process.sh
+      echo "Settings: config/stage_process.py. Pages: README.md and docs/."
+      exit ;;
+    --config.stage=*) echo "run_process.sh sets config.stage itself; a single stage: python run_sample.py --config ... $flag" >&2; exit 1 ;;
+  esac
+done
+
 if [ -n "${PRESET:-}" ]; then
   echo "preset $PRESET (PRESET is set)"
 elif [[ ${CUDA_VISIBLE_DEVICES-all} == [!-]* ]] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then

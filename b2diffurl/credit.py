@@ -106,13 +106,14 @@ def assign(plan, normalised, config, rule=None):
             continue
         values, siblings = normalised.reshape(groups, own.nodes, plan.images // own.nodes).mean(2), plan.siblings(level)
         nodes, advantages = rule(values, siblings, config.select)
-        if own.nodes == plan.images:
-            chosen[nodes] = True
         rows = nodes[:, None] // own.nodes * per_group + transitions[nodes % own.nodes]
         rivals = rows[:0]
         if preference:
             won = _couples(nodes, nodes // siblings)
+            nodes = nodes[np.concatenate([won, won + 1])]
             rows, rivals, advantages = rows[won], rows[won + 1], advantages[won]
+        if own.nodes == plan.images:
+            chosen[nodes] = True
         each = rows.shape[1]
         numbers = samples + np.arange(len(rows))
         found.append((rows.ravel(), np.repeat(advantages, each), np.repeat(numbers, each), rivals.ravel()))

@@ -22,9 +22,9 @@ SAMPLERS = ("cps", "flow_sde", "dance_sde")
 def transition(velocity, latents, sigma, sigma_next, noise_level, sampler):
     """Mean (B, ...) and standard deviation (B, 1, ...), float32, of the step from σ to σ' < σ.
 
-    velocity, latents: (B, ...). sigma, sigma_next: numbers or tensors (B,). noise_level: a of the sampler, one of
-    SAMPLERS; 0 is the ODE, with a standard deviation of 0. Raises ValueError for another sampler, or for a noise level
-    that is negative or, with cps, above 1.
+    velocity, latents: (B, ...). sigma, sigma_next: numbers or tensors (B,) or (B, 1, ...). noise_level: a of the
+    sampler, one of SAMPLERS; 0 is the ODE, with a standard deviation of 0. Raises ValueError for another sampler, or
+    for a noise level that is negative or, with cps, above 1.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: {', '.join(SAMPLERS)}")
@@ -43,10 +43,10 @@ def transition(velocity, latents, sigma, sigma_next, noise_level, sampler):
 
 
 def _over(value, latents):
-    """A number or a tensor (B,) as float32 (B, 1, ...), to broadcast over latents (B, ...)."""
+    """A number or a tensor (B,) or (B, 1, ...) as float32 (B, 1, ...), to broadcast over latents (B, ...)."""
     import torch
 
-    value = torch.as_tensor(value, dtype=torch.float32, device=latents.device).expand(len(latents))
+    value = torch.as_tensor(value, dtype=torch.float32, device=latents.device).flatten().expand(len(latents))
     return value.view(-1, *[1] * (latents.ndim - 1))
 
 

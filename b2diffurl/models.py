@@ -32,22 +32,25 @@ class Models:
         Raises UserError, before any weights are loaded, for steps or pictures that the model does not allow, be it only
         in the evaluation, and where a GPU has too little memory to train it.
         """
-        family = load_family(self.config)
-        for section, config in (("sample", self.config), ("evaluate", _evaluated(self.config))):
-            own = family if section == "sample" else copy.copy(family)
-            own.config = config
+        family, evaluate = load_family(self.config), self.config.evaluate
+        self.kernel = family.kernel(self.config.sample.num_steps, self.config.sample)
+        family.latent_shape  # noqa: B018
+        if evaluate.num_steps or evaluate.resolution:
+            own = copy.copy(family)
+            own.config = _evaluated(self.config)
             try:
-                own.kernel(config.sample.num_steps, config.sample), own.latent_shape
+                own.kernel(own.config.sample.num_steps, own.config.sample), own.latent_shape
             except UserError as error:
-                raise UserError(str(error).replace("config.sample.", f"config.{section}.")) from None
+                raise UserError(str(error).replace("config.sample.", "config.evaluate.")) from None
         if device().type == "cuda":
             memory.require(family, self.config, torch.cuda.mem_get_info()[1])
         return family
 
     @functools.cached_property
     def kernel(self):
-        """The run's kernel, of config.sample.num_steps steps."""
-        return self.family.kernel(self.config.sample.num_steps, self.config.sample)
+        """The run's kernel, of config.sample.num_steps steps; it comes with the family."""
+        self.family  # noqa: B018
+        return vars(self)["kernel"]
 
     @functools.cached_property
     def _reward(self):

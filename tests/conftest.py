@@ -45,7 +45,9 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A working directory of the test's own, with the repository's files: runs write log/ below it."""
-    for name in ("config", "model", "prompts", "b2diffurl", "run_process.sh", *(f"run_{step}.py" for step in STEPS)):
+    (tmp_path / "model").mkdir()  # where runs go, too
+    names = ("config", "model/shapes", "model/shapes_flow", "prompts", "b2diffurl", "run_process.sh")
+    for name in (*names, *(f"run_{step}.py" for step in STEPS)):
         (tmp_path / name).symlink_to(pathlib.Path(name).resolve())
     monkeypatch.chdir(tmp_path)
     return tmp_path

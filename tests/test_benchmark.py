@@ -4,11 +4,18 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from b2diffurl.errors import UserError
+from b2diffurl.evaluate import before_after
+from b2diffurl.models import Models
+from b2diffurl.run import metrics
+from b2diffurl.run.command import parse
+from b2diffurl.run.folder import Run
+from b2diffurl.run.prompts import read_prompts
 from b2diffurl.seeds import interval, iqm, lower_bound, p_value, stratified
 from b2diffurl.shapes import ladder
-from b2diffurl.study import benchmark, benchmark_ratios, benchmark_report, paths, results
+from b2diffurl.study import benchmark, benchmark_measures, benchmark_ratios, benchmark_report, paths, results
 from b2diffurl.study.designs import DESIGNS, SPARSE
 
 
@@ -32,6 +39,11 @@ def test_every_job_can_be_configured(tmp_path, design):
     assert len(names) == len(seen)
     assert {arm for pair in design.comparisons for arm in pair} <= design.arms.keys()
     assert design.grid.keys() <= design.arms.keys()
+
+
+def configure(*settings):
+    flags = [f"--config.{setting}" for setting in settings]
+    return parse(["x", "--config", "config/stage_process.py:shapes", *flags])[0]
 
 
 def run_here(jobs, run):
@@ -213,3 +225,88 @@ def test_the_lower_bound_is_students():
     for count in (2, 5, 10):
         bounds = [lower_bound(values) for values in rng.normal(size=(20_000, count))]
         assert np.mean(np.array(bounds) > 0) == pytest.approx(0.05, abs=0.006)
+
+
+def stage_of(arm, seed, ends, forwards):
+    held_out, train, diversity = ends
+    return {
+        "task": "dark", "arm": arm, "settings": "", "seed": seed, "stage": 0, "queries": 240, "forwards": forwards,
+        "success_test": held_out, "success_train": train, "diversity_train": diversity,
+    }  # fmt: skip
+
+
+def test_the_reports_other_columns():
+    base = {"dark": {"success_test": 0.2, "success_train": 0.3, "diversity_train": 0.4}}
+    rows = [stage_of("b2_lean", seed, (0.5, 0.7, 0.1), 1e6) for seed in (0, 1)]
+    rows += [stage_of("b2", seed, (0.6, 0.9, 0.3), 4e6) for seed in (0, 1)]
+    runs = benchmark_report.runs_of(rows)
+    (line,) = benchmark_report.primary(runs, SPARSE._replace(tasks=base, rivals=("b2",)))[2:]
+    assert line.endswith("| -0.200 [-0.200, -0.200] | 0.25 |")
+    lines = benchmark_report.table(runs, base)
+    assert lines[2] == "| dark | base model | | | | 0.200 | | | 0.300 | 0.400 | |"
+    assert lines[3].endswith("| 0.700 [0.700, 0.700] | 0.100 [0.100, 0.100] | 1.00 |")
+
+
+def test_what_a_run_has_spent(tmp_path):
+    config = configure(f"save_path={tmp_path}", "exp_name=t")
+    run = Run(config)
+    run.folder.mkdir()
+    for config.stage in (0, 1):
+        steps = {
+            "sample": {"perf/unet_evals": 10},
+            "select": {"reward/queries": 6 * (config.stage + 1), "select/kept": 3},
+            "train": {"perf/unet_evals": 4, "train/updates": 2, "policy/approx_kl": 0.1 * config.stage},
+        }
+        for step, values in steps.items():
+            metrics.record(run.metrics, config, step, {**values, "time_s": 1.0})
+    assert benchmark_measures.spent(run, config) == {
+        "queries": 12, "updates": 4, "kept": 6, "unet_evals": 28, "forwards": 20 + 3 * 8, "approx_kl": 0.1,
+        "seconds": 6.0,
+    }  # fmt: skip
+    config.stage = 0
+    assert benchmark_measures.spent(run, config)["forwards"] == 10 + 3 * 4
+
+
+def test_a_failed_runs_row_is_at_its_own_budget():
+    design = SPARSE
+    arm = next(iter(design.less))
+    for name, queries in ((arm, design.less[arm]), ("b2", design.budget)):
+        row = benchmark.failure(benchmark.Job("dark", name, 1), "x", {"success_test": 0.2}, design)
+        assert (row["queries"], row["forwards"], row["success_test"]) == (queries, 0, 0.2)
+
+
+def test_every_stages_own_checkpoint_is_measured(tmp_path, monkeypatch):
+    small = {
+        "sample.groups": 2, "sample.branches": 3, "sample.num_steps": 4, "schedule.left": 2, "schedule.right": 3,
+    }  # fmt: skip
+    design = SPARSE._replace(arms={"b2": {**SPARSE.arms["b2"], **small}}, budget=12, every=6)
+    seen, figures = [], dict.fromkeys([f"{n}_{p}" for n in benchmark.FIGURES for p in ("train", "test")], 0.5)
+
+    def spent(place, config):
+        place.stage.mkdir(parents=True, exist_ok=True)
+        return {"queries": 6 * (config.stage + 1)}
+
+    monkeypatch.setattr(benchmark, "run_stage", lambda config, loaded: None)
+    monkeypatch.setattr(benchmark, "spent", spent)
+    monkeypatch.setattr(benchmark, "measure", lambda config, checkpoint, *_: seen.append(checkpoint) or figures)
+    job = benchmark.Job("attribute", "b2", 7)
+    benchmark.run(job, tmp_path, design)
+    folder = tmp_path / "runs" / benchmark.configure(job, tmp_path, design).exp_name
+    assert [str(path.relative_to(folder)) for path in seen] == [f"stage{n}/checkpoints/checkpoint_1" for n in (0, 1)]
+
+
+def test_success_is_of_each_picture_and_its_own_prompt(monkeypatch):
+    own = "prompts/shapes_attribute_train.json"
+    settings = "evaluate.images_per_prompt=3", "reward.name=jpeg_compressibility"
+    config = configure(*settings, f"prompts.train={own}", f"prompts.test={own}")
+    prompts = read_prompts(own)
+
+    def right(images, asked):
+        meant = [prompts[image.getpixel((0, 0))[0]] for image in images]
+        return np.array([float(one == other) for one, other in zip(meant, asked, strict=True)])
+
+    drawn = [Image.new("RGB", (32, 32), (n,) * 3) for n, _ in enumerate(prompts) for _ in range(3)]
+    monkeypatch.setattr(before_after, "generate", lambda *_: {"train": drawn, "test": drawn})
+    monkeypatch.setattr(benchmark_measures, "user_function", lambda name: right)
+    found = benchmark_measures.measure(config, None, Models(config), "dark")
+    assert found["success_train"] == found["success_test"] == 1

@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 
 from b2diffurl.errors import UserError
-from b2diffurl.evaluate import measures
+from b2diffurl.evaluate import before_after, measures
 from b2diffurl.evaluate.__main__ import command
 from b2diffurl.evaluate.before_after import bootstrap_interval, table
 from b2diffurl.evaluate.measures import feature_distance
 from b2diffurl.families import lora as lora_module
 from b2diffurl.models import Models
+from b2diffurl.noise import stream_noise, stream_seed
+from b2diffurl.rollout import denoise
+from b2diffurl.run import storage
 from b2diffurl.run.command import parse
 
 
@@ -162,6 +165,67 @@ def test_evaluation_depends_on_the_batch_by_rounding_alone_and_takes_a_list_of_o
     assert "oracle" not in before  # a zebra is not of its world
     with Image.open(elsewhere / "out1/before_after.png") as sheet:
         assert sheet.height > 3 * 96
+    whole = (elsewhere / "out16/before_after.png").read_bytes()
+    (elsewhere / "out16/before_after.png").unlink()
+    command(config, str(checkpoint), "out16", "mine.json", "5", "16")  # a picture that was lost is made again
+    assert (elsewhere / "out16/before_after.png").read_bytes() == whole
     for flags in (("mine.json", "0", ""), ("mine.json", "", "many")):
         with pytest.raises(UserError, match="must be a whole number of at least 1"):
             command(config, str(checkpoint), "out", *flags)
+
+
+@torch.no_grad()
+def test_a_picture_of_the_evaluation_is_that_of_its_own_noise_prompt_and_model(checkpoint):
+    steps = (
+        "sample.num_steps=3",
+        "schedule.left=1",
+        "schedule.right=3",
+        "evaluate.images_per_prompt=2",
+        "evaluate.seed=5",
+        "seed=11",
+    )
+    loaded = Models(configure(*(f"--config.{own}" for own in steps)))
+    prompts = ["a red circle", "a blue ring"]
+    for folder in (None, checkpoint):
+        images = before_after.generate(loaded.evaluating(), {"own": prompts}, folder, "")["own"]
+        policy = loaded.policy(folder)
+        for image, (prompt, number) in zip(images, itertools.product(prompts, range(2)), strict=True):
+            noise = stream_noise(stream_seed(5, "evaluation", prompt, number), 4, loaded.family.latent_shape)[None]
+            given = policy.initial(noise[:, 0]), loaded.family.embed([prompt]), noise[:, 1:], range(3)
+            wanted = loaded.family.decode(denoise(policy, *given)[0][-1])[0].numpy()
+            assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 2
+
+
+def test_before_is_the_base_after_the_checkpoint_and_a_reward_is_of_its_pictures_prompt(
+    checkpoint, elsewhere, monkeypatch
+):
+    (elsewhere / "mine.json").write_text('["a", "b"]')
+    (elsewhere / "grey.py").write_text(
+        "def reward(images, prompts):\n"
+        "    return [i.getpixel((0, 0))[0] + 1000 * (p == 'b') for i, p in zip(images, prompts)]\n"
+    )
+    monkeypatch.syspath_prepend(elsewhere)
+    drawn = []
+
+    def generate(loaded, lists, folder, label):
+        drawn.append(folder)
+        levels = [1, 2, 3, 11, 12, 13] if folder is None else [101, 102, 103, 111, 112, 113]
+        return {name: [Image.new("RGB", (32, 32), (level,) * 3) for level in levels] for name in lists}
+
+    monkeypatch.setattr(before_after, "generate", generate)
+    given = ("--config.reward.name=grey:reward", "--config.evaluate.images_per_prompt=3")
+
+    def evaluate():
+        before_after.main(configure(*given), checkpoint, elsewhere / "out", "mine.json")
+
+    evaluate()
+    before, after = json.loads((elsewhere / "out/eval.json").read_text())["results"]
+    assert drawn == [None, checkpoint]
+    assert (before["model"], before["reward"], before["reward_interval"]) == ("before", 507, [2, 1012])
+    assert (after["model"], after["reward"], after["reward_interval"]) == ("after", 607, [102, 1112])
+    evaluate()
+    assert len(drawn) == 2
+    path = checkpoint / "pytorch_lora_weights.safetensors"
+    storage.write_tensors(path, {n: 2 * t for n, t in storage.read_tensors(path, "").items()}, {"format": "pt"})
+    evaluate()
+    assert len(drawn) == 4  # other weights in the same place

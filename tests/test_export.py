@@ -220,6 +220,11 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path):
         run(checkpoints["sd"][1], tmp_path)
     with pytest.raises(UserError, match="missing"):
         run(tmp_path, tmp_path / "l.safetensors")
+    with pytest.raises(UserError, match=r"/nowhere/pytorch_lora_weights\.safetensors is missing"):
+        run(pathlib.Path("/nowhere"), tmp_path / "l.safetensors")
+    (tmp_path / "bare").mkdir()
+    save_file({"unet.x": torch.zeros(1)}, tmp_path / "bare/pytorch_lora_weights.safetensors")
+    run(tmp_path / "bare", tmp_path / "l.safetensors", "diffusers")
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(UserError, match=r"README\.md is no model card.*a folder of its own"):
         run(checkpoints["sd"][1], tmp_path / "l.safetensors", card=True)

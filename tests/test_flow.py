@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-from b2diffurl.flow import SAMPLERS, transition
+from b2diffurl.flow import SAMPLERS, Flow, transition
 
 
 def expected(v, x, sigma, following, a, sampler):
@@ -29,6 +30,8 @@ def test_mean_and_deviation_are_the_formulas(sampler, shape):
     sigmas, following = [1.0, 0.9, 0.5, 0.2], [0.95, 0.7, 0.3, 0.01]
     mean, std = transition(v, x, torch.tensor(sigmas), torch.tensor(following), 0.7, sampler)
     assert mean.shape == x.shape
+    full = [torch.tensor(own).view(4, *[1] * len(shape)) for own in (sigmas, following)]
+    assert all(torch.equal(*own) for own in zip((mean, std), transition(v, x, *full, 0.7, sampler), strict=True))
     assert std.shape == (4, *[1] * len(shape))
     assert (mean.dtype, std.dtype) == (torch.float32, torch.float32)
     for b, (sigma, after) in enumerate(zip(sigmas, following, strict=True)):
@@ -87,3 +90,13 @@ def test_bad_input_is_refused():
                                     (1.2, "cps", "with cps at most 1")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             transition(x, x, 0.5, 0.4, level, sampler)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_last_step_of_a_flow_is_the_odes_and_no_other(sampler):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    v, x = torch.randn(2, 10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, std = Flow(scheduler, 0.7, sampler).transition(v, torch.arange(10), x)
+    assert (std.flatten() > 0).tolist() == [True] * 9 + [False]
+    torch.testing.assert_close(mean[9], x[9] - scheduler.sigmas[9] * v[9])

@@ -1,5 +1,6 @@
 """D-Fusion: the regions, the mixing, one step by two plain passes, and the stages that train on fused targets."""
 
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from b2diffurl.errors import UserError
 from b2diffurl.families import load_family, lora
 from b2diffurl.families.sd import StableDiffusion
 from b2diffurl.models import Models
+from b2diffurl.noise import stream_noise
 from b2diffurl.report import fused as report
 from b2diffurl.run.command import parse
 from b2diffurl.selection import select_pairs
@@ -254,12 +256,11 @@ def test_references_are_the_best_quarter_twice_and_bases_the_worst_half():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Two stages of dfusion with ddpo_is; in the second the interval begins before the first fused step."""
-    folder, here = tmp_path_factory.mktemp("fused"), pathlib.Path.cwd()
-    os.chdir(pathlib.Path(__file__).parent.parent)
-    loaded = Models(configure(folder, 0))
-    for stage in (0, 1):
-        run_stage(configure(folder, stage), loaded=loaded)
-    os.chdir(here)
+    folder = tmp_path_factory.mktemp("fused")
+    with contextlib.chdir(pathlib.Path(__file__).parent.parent):
+        loaded = Models(configure(folder, 0))
+        for stage in (0, 1):
+            run_stage(configure(folder, stage), loaded=loaded)
     return folder
 
 
@@ -563,3 +564,29 @@ def test_a_later_stage_in_which_nothing_is_better_trains_on_nothing(finished, tm
     last = "checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
     before, after = (load_file(copy / f"t/stage{number}" / last) for number in (0, 1))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_what_targets_cost(finished):
+    for number, start in ((0, 3), (1, 2)):
+        line = next(line for line in records(finished, "fuse") if line["stage"] == number)
+        # both at every step, and the plain policy at the two fused ones; two halves of the guidance
+        assert line["perf/unet_evals"] == 2 * 6 * (2 * (6 - start) + 2)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@torch.no_grad()
+def test_the_kl_is_of_the_fused_mean_in_nats(finished):
+    stage, config, length, start = finished / "t/stage0", configure(finished, 0), 2, 3
+    stored, rows, policy = load_file(stage / "fused.safetensors"), rows_of(stage), Models(config).policy()
+    scores = {row["image"]: row for row in json.loads((stage / "scores.json").read_text())["scores"]}
+    states = stored["states"].unflatten(0, (len(rows), 2 + 2 * length))
+    target = torch.cat([states[:, 1, None], states[:, 2 + length :]], 1)
+    cond = {"encoder_hidden_states": stored["cond.encoder_hidden_states"][stored["prompt"].view(len(rows), -1)[:, 0]]}
+    for k in range(length):
+        plain, sigma = policy.transition(target[:, k], torch.full((len(rows),), start + k), cond)
+        noise = torch.stack([stream_noise(scores[row["base"]]["seed"], 6 - start, target.shape[2:])[k] for row in rows])
+        fused = target[:, k + 1] - sigma * noise
+        wanted = ((fused - plain) ** 2 / (2 * sigma**2)).flatten(1).sum(1)
+        assert [row["kl"][k] for row in rows] == pytest.approx(wanted.tolist(), rel=1e-2, abs=1e-2)
+    assert max(row["kl"][1] for row in rows) > 1 > 1e-3 > max(row["kl"][0] for row in rows)

@@ -106,8 +106,11 @@ def test_a_server_that_is_wrong_is_one_line(server, answers, message):
 
 
 def test_a_server_that_is_not_there_or_silent_is_one_line(server, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
     with pytest.raises(UserError, match=r"did not score 1 images .*refused"):
-        remote.Remote("http://127.0.0.1:9/score", 8, 5)(grey(51), ["p"], [{}])
+        remote.Remote(f"http://127.0.0.1:{port}/score", 8, 5)(grey(51), ["p"], [{}])
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -137,6 +140,14 @@ def test_no_picture_is_asked_about_twice(server, tmp_path):
     assert len(Judge.seen) == 4
     assert sorted(Answers(tmp_path / "answers").values()) == pytest.approx([0, 0.2, 0.25, 0.4])
     assert all(math.isfinite(score) for score in Answers(tmp_path / "answers").values())
+
+
+def within(seconds, happened):
+    """Wait until something has happened, so long at most."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def small_stage(folder, server, *more):
@@ -240,8 +251,7 @@ def test_requests_are_as_large_as_what_waits_and_what_waits_is_dropped_with_the_
     pictures = np.zeros((2, 4, 4, 3), dtype=np.uint8)
     with asking(config, tmp_path, None) as give:
         give(pictures, None, ["p"] * 2)
-        while not asked:
-            time.sleep(0.01)
+        within(20, lambda: asked)
         for _ in range(4):
             give(pictures, None, ["p"] * 2)
         go.set()
@@ -250,8 +260,7 @@ def test_requests_are_as_large_as_what_waits_and_what_waits_is_dropped_with_the_
     go.clear()
     with contextlib.suppress(KeyboardInterrupt), asking(config, tmp_path, None) as give:
         give(pictures, None, ["p"] * 2)
-        while not asked:
-            time.sleep(0.01)
+        within(20, lambda: asked)
         give(pictures, None, ["p"] * 2)
         raise KeyboardInterrupt
     go.set()

@@ -212,6 +212,13 @@ def test_what_a_figure_cost_is_what_was_spent_until_its_images_were_scored():
     }  # fmt: skip
 
 
+def test_a_single_runs_page_goes_where_it_is_asked_to(several, tmp_path):
+    before = (several[0] / "report.html").read_bytes() if (several[0] / "report.html").exists() else None
+    assert command.main(several[:1], tmp_path / "one.html") == tmp_path / "one.html"
+    assert "<html" in (tmp_path / "one.html").read_text()
+    assert before == ((several[0] / "report.html").read_bytes() if before else None)
+
+
 def test_several_runs_need_a_page_and_a_run_must_be_there(several, tmp_path):
     with pytest.raises(UserError, match="give --out"):
         command.main(several, None)

@@ -97,6 +97,12 @@ def test_a_drivers_steps_share_its_lock(tmp_path, monkeypatch):
     lock.hold(tmp_path)
 
 
+def test_a_place_where_no_run_can_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"config\.save_path: .*file/t cannot be made \(Not a directory\)"):
+        lock.hold(tmp_path / "file/t")
+
+
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
     def unsupported(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -340,6 +346,13 @@ def test_the_driver_ends_at_a_plateau(tmp_path):
     assert f"--checkpoint {tmp_path}/run/stage1/checkpoints/checkpoint_1 " in asked
 
 
+def test_the_driver_says_how_it_is_used_and_that_it_counts_the_stages(tmp_path):
+    for flag, code, said in (("--help", 0, "The main job: "), ("--config.stage=3", 1, "sets config.stage itself")):
+        done = subprocess.run(["bash", "run_process.sh", flag], capture_output=True, text=True, timeout=60)
+        assert done.returncode == code
+        assert said in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(("visible", "processes"), [(None, 3), ("0,2", 2), ("1", None)])
 def test_the_driver_uses_every_visible_gpu_and_a_free_port(tmp_path, visible, processes):
     """Three GPUs that are not there, and a Python that says what it is asked to run."""
@@ -358,3 +371,76 @@ def test_the_settings_of_a_run_are_kept_whole(begun):
     stored = json.loads(pathlib.Path(begun, "t/config.json").read_text())
     assert stored == flat(configure(begun))
     assert set(json.loads(pathlib.Path(begun, "t/versions.json").read_text())) >= {"python", "torch", "diffusers"}
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    writes = {
+        "a.json": storage.write_json,
+        "b.safetensors": lambda path, n: storage.write_tensors(path, {"x": torch.tensor([n])}, {"n": "m"}),
+    }
+    for name, write in writes.items():
+        write(tmp_path / name, 1)
+    before = {name: (tmp_path / name).read_bytes() for name in writes}
+
+    def killed(*_):
+        raise OSError(errno.EIO, "killed before it had its name")
+
+    monkeypatch.setattr(storage.os, "replace", killed)
+    for name, write in writes.items():
+        with pytest.raises(OSError, match="killed"):
+            write(tmp_path / name, 2)
+        assert (tmp_path / name).read_bytes() == before[name]
+
+
+def test_shares_are_joined_by_number_and_an_older_trys_are_not(tmp_path, monkeypatch):
+    for number in range(14):  # 3 has none now, 12 and 13 are not there any more
+        storage.write_tensors(tmp_path / f"share{number}.safetensors", {"x": torch.tensor([number])})
+    monkeypatch.setattr(storage.processes, "gather", lambda value: [number != 3 for number in range(12)])
+    monkeypatch.setattr(storage.processes, "barrier", lambda: None)
+    found = storage.join_shares(tmp_path, {"x": torch.tensor([0])})
+    assert found["x"].tolist() == [0, 1, 2, *range(4, 12)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fresh_folder_is_waited_for_before_during_and_after(tmp_path, monkeypatch):
+    seen, target, aside = [], tmp_path / "x", tmp_path / "x.tmp"
+    monkeypatch.setattr(storage.processes, "barrier", lambda: seen.append((aside.exists(), target.exists())))
+    with storage.fresh_folder(target):
+        seen.append("work")
+    assert seen == [(True, False), "work", (True, False), (False, True)]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "method=ddpo",
+        "seed=7",
+        "mixed_precision=bf16",
+        "pretrained.revision=x",
+        "schedule.left=1",
+        "schedule.kind=constant",
+        "sample.eta=0.5",
+        "sample.groups=4",
+        "sample.prefix=ode",
+        "reward.name=jpeg_compressibility",
+        "reward.weights=x",
+        "select.history=3",
+        "select.neg_threshold=-1",
+        "train.algorithm=ddpo_sf",
+        "train.num_epochs=3",
+        "train.lora_rank=2",
+    ],
+)
+def test_a_setting_that_decides_a_result_is_pinned(changed, tmp_path):
+    config = configure(tmp_path, "train.log_prob=mean")
+    Run(config).pin(config)
+    other = configure(tmp_path, "train.log_prob=mean", changed)
+    with pytest.raises(UserError, match=rf"config\.{changed.partition('=')[0]} was"):
+        Run(other).check(other)
+
+
+def test_fp16_decodes_in_bf16_and_checkpointing_is_switched_on(tmp_path):
+    config = configure(tmp_path, "mixed_precision=fp16", "train.log_prob=mean", "train.gradient_checkpointing=True")
+    loaded = Models(config)
+    assert loaded.family.vae.dtype == torch.bfloat16
+    assert loaded.trainable()[0].denoiser.is_gradient_checkpointing

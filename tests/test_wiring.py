@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,12 +15,15 @@ from b2diffurl.families import lora
 from b2diffurl.families.sd import StableDiffusion
 from b2diffurl.guidance import take
 from b2diffurl.models import Models
+from b2diffurl.noise import draw_prompts, stream_noise, stream_seed
 from b2diffurl.rollout import Rollout, denoise
-from b2diffurl.run import metrics
+from b2diffurl.run import metrics, storage
 from b2diffurl.run.command import parse
 from b2diffurl.run.folder import checkpoint_of
-from b2diffurl.stages import train
+from b2diffurl.stages import sample, train
 from b2diffurl.stages.loop import run_stage
+from b2diffurl.stages.sample import image_rows
+from b2diffurl.step_weights import step_weights
 
 TINY = (  # a stage that does everything once; the best of each group is trained on
     "exp_name=t", "sample.groups=2", "sample.branches=2", "sample.num_steps=2", "schedule.left=1", "schedule.right=1",
@@ -181,3 +185,67 @@ def test_a_stage_whose_samples_fill_no_update_is_a_valid_outcome(elsewhere, caps
     assert not any(tensor.any() for name, tensor in stored.items() if "lora_B" in name or "lora.up" in name)
     (line,) = [line for line in metrics.read(elsewhere / "t/metrics.jsonl") if line["step"] == "train"]
     assert (line["train/updates"], line["train/updates_by_stage"], line["train/updates_by_epoch"]) == (0, 0, 2)
+
+
+def test_prompts_and_noise_are_of_the_stage():
+    assert draw_prompts(300, 0, 45, 20) != draw_prompts(300, 1, 45, 20) != draw_prompts(301, 1, 45, 20)
+    first, second = (image_rows(configure(f"stage={stage}")) for stage in (0, 1))
+    assert [row["prompt"] for row in first] != [row["prompt"] for row in second]
+    assert not {row["seed"] for row in first} & {row["seed"] for row in second}
+
+
+def test_the_kernel_and_the_lora_get_their_settings():
+    assert Models(configure("sample.eta=0.4")).kernel.eta == 0.4
+    flags = ("--config.sample.sampler=dance_sde", "--config.sample.noise_level=0.3")
+    kernel = Models(parse(["x", "--config", "config/stage_process.py:shapes_flow", *flags])[0]).kernel
+    assert (kernel.sampler, kernel.noise_level) == ("dance_sde", 0.3)
+    given = "train.lora_rank=2", "train.lora_targets=('attn2.to_k',)"
+    made = [Models(configure(*given, f"seed={seed}")).trainable()[1] for seed in (7, 8)]
+    assert made[0]
+    assert all("attn2.to_k.lora_" in name for name in made[0])
+    downs = [[own for name, own in lora.items() if "lora_A" in name] for lora in made]
+    assert {len(own) for own in downs[0]} == {2}
+    assert not torch.equal(downs[0][0], downs[1][0])
+
+
+def test_a_stages_update_gets_its_weights_seed_history_and_noise(elsewhere, monkeypatch):
+    seen, updates = [], train.train_updates
+
+    def spy(learner, experience, settings, generator, on_update):
+        seen.append((experience, learner.policy, generator.initial_seed()))
+        return updates(learner, experience, settings, generator, on_update)
+
+    monkeypatch.setattr(train, "train_updates", spy)
+    waited = []
+    stage = elsewhere / "t/stage0"
+    monkeypatch.setattr(sample.processes, "barrier", lambda: waited.append((stage / "samples.json").exists()))
+    more = (
+        "train.step_weights=inverse_gain", "select.history=0", "sample.num_steps=3", "schedule.right=3",
+        "schedule.left=2", "seed=9",
+    )  # fmt: skip
+    config = configure(*TINY, f"save_path={elsewhere}", *more)
+    loaded = Models(config)
+    sample.main(config, loaded=loaded)
+    assert waited[-1]  # a process that leaves the step finds its file
+    run_stage(config, loaded=loaded)
+    ((experience, policy, seed),) = seen
+    assert seed == stream_seed(9, 0, "all", "training")
+    wanted = step_weights(policy.kernel.gain, experience.rollout.step[experience.row], "inverse_gain")
+    assert torch.equal(experience.weight, wanted)
+    stored = json.loads((stage / "scores.json").read_text())
+    assert stored["history"] == []
+    line = next(line for line in metrics.read(elsewhere / "t/metrics.jsonl") if line["step"] == "select")
+    rewards = np.array([row["reward"] for row in stored["scores"]]).reshape(2, 2)
+    assert line["reward/std"] == pytest.approx(rewards.std(ddof=1), abs=1e-6)
+    assert line["reward/std_within_groups"] == pytest.approx(rewards.var(1, ddof=1).mean() ** 0.5, abs=1e-6)
+    assert line["select/kept_best"] == sum(row["kept"] and row["normalised"] > 0 for row in stored["scores"])
+    sampled = storage.read_tensors(stage / "samples.safetensors", "")
+    rows = json.loads((stage / "samples.json").read_text())
+    for row in rows:  # the picture's own seed is that of its own noise
+        noise = stream_noise(row["seed"], 2, loaded.family.latent_shape)
+        own = slice(4 * row["group"] + 2 * row["branch"], 4 * row["group"] + 2 * row["branch"] + 2)
+        before, after = (sampled["states"][sampled[name][own]] for name in ("before", "after"))
+        cond = {"encoder_hidden_states": sampled["cond.encoder_hidden_states"][sampled["prompt"][own]]}
+        with torch.no_grad():
+            mean, sigma = loaded.policy().transition(before, sampled["step"][own], cond)
+        torch.testing.assert_close(after, mean + sigma * noise, rtol=1e-3, atol=1e-3)

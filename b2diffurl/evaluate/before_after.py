@@ -27,6 +27,7 @@ from . import contact_sheet
 from .measures import Quality, feature_distance
 
 RESAMPLES = 10_000
+MEND = "delete it, and evaluate again"
 MATTERS = ("pretrained", "sample", "reward", "evaluate")  # the settings that an evaluation depends on
 
 
@@ -48,8 +49,8 @@ def main(config, checkpoint, out, prompts="", loaded=None):
     metadata = {name: more for name, path in paths.items() if (more := read_metadata(path))}
     settings |= {"metadata": metadata} if metadata else {}
     log = start_log(Run(config))
-    stored = storage.read_json(out / "eval.json", "the evaluation") if (out / "eval.json").exists() else {}
-    if processes.first(stored.get("settings") == settings):
+    stored = storage.read_json(out / "eval.json", mend=MEND) if (out / "eval.json").exists() else {}
+    if processes.first(stored.get("settings") == settings and (out / "before_after.png").exists()):
         log.info(table(stored["results"]))
         return
     out.mkdir(parents=True, exist_ok=True)

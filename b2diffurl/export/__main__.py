@@ -28,7 +28,7 @@ def export(checkpoint, out, form):
     source = checkpoint / NAME
     lora = read_tensors(source, "run_train.py")
     with safe_open(source, "pt") as stored:
-        metadata = stored.metadata()
+        metadata = stored.metadata() or {}
     denoiser = metadata.get("denoiser", "")
     if form == "kohya":
         from . import kohya
@@ -56,7 +56,7 @@ def main(arguments):
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must be a file that ends in .safetensors")
     page, place = out.parent / "README.md", checkpoint.resolve()
-    stage = (place.parent if place.name == FOLDER else place).parents[1]
+    stage = (place.parent if place.name == FOLDER else place).parent.parent
     if arguments.card and not stage.name.removeprefix("stage").isdecimal():
         raise UserError(
             f"{checkpoint}: --card needs a run's stage<i>/checkpoints/checkpoint_1, which tells how it was made"

@@ -69,7 +69,7 @@ def write(run, stage, checkpoint, given, path):
     """
     config, pictures = read_json(run / "config.json", "run_sample.py"), []
     weights = (checkpoint / "pytorch_lora_weights.safetensors").read_bytes()
-    found = read_json(run / "eval.json", "b2diffurl.evaluate") if (run / "eval.json").exists() else None
+    found = read_json(run / "eval.json", mend="delete it, and evaluate again") if (run / "eval.json").exists() else None
     if found and found["settings"]["sha256"] == hashlib.sha256(weights).hexdigest():
         pictures = [run / name for name in ("before_after.png", "curves.png") if (run / name).exists()]
     else:
@@ -103,6 +103,8 @@ def _loading(known, config, prompt, given):
     own |= dict.fromkeys(("scheduler", "sampler", "eta"), "")
     if given["denoiser"].startswith("UNet"):  # the others' stock scheduler has no such noise
         own |= {"scheduler": ", DDIMScheduler", "sampler": SAMPLER, "eta": f", eta={config['sample.eta']}"}
+    if not known["base"]:  # a folder, of which the card knows the name alone
+        own["model"] = f"path/to/{known['model']}"
     return DIFFUSERS.format(**known | own, prompt=prompt, file=given["file"], where=given["repository"] or ".")
 
 

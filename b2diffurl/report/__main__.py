@@ -1,8 +1,7 @@
-"""`python -m b2diffurl.report RUN [RUN ... --out FILE]`: one run's page (page.py), or several on one (compare.py)."""
+"""`python -m b2diffurl.report RUN [RUN ...] [--out FILE]`: one run's page (page.py), or several on one (compare.py)."""
 
 import argparse
 import json
-import pathlib
 import sys
 
 from ..errors import UserError
@@ -10,10 +9,9 @@ from . import compare, page
 
 
 def main(runs, out):
-    """Write report.html into the folder of a single run, or the page `out` of several. -> its path."""
+    """Write the page `out`, of a single run report.html in its folder unless it is given -> its path."""
     if len(runs) == 1:
-        page.main(runs[0])
-        return pathlib.Path(runs[0]) / "report.html"
+        return page.main(runs[0], out)
     if not out:
         raise UserError("several runs: give --out compare.html")
     compare.main(runs, out)
@@ -23,7 +21,7 @@ def main(runs, out):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.report", description="A run on a page.")
     parser.add_argument("runs", nargs="+", metavar="model/lora/NAME", help="folders of runs")
-    parser.add_argument("--out", help="the page of several runs")
+    parser.add_argument("--out", help="the page; needed for several runs")
     arguments = parser.parse_args()
     try:
         print(main(arguments.runs, arguments.out))

@@ -47,9 +47,13 @@ DASHES = ("-", "--", ":")  # as many as are told apart; with the colours, which 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
 
 
-def main(folder):
-    """Write <folder>/report.html and curves.png. Raises UserError where there is no run."""
+def main(folder, out=None):
+    """Write <folder>/report.html, or the page `out`, and <folder>/curves.png -> the page's path.
+
+    Raises UserError where there is no run.
+    """
     folder = pathlib.Path(folder)
+    out = pathlib.Path(out) if out else folder / "report.html"
     records = metrics.read(folder / "metrics.jsonl")
     if not records:
         raise UserError(f"{folder}: no run there (no metrics.jsonl, or an empty one)")
@@ -69,10 +73,11 @@ def main(folder):
             versions=read(folder / "versions.json"),
         )
     )
-    aside = folder / "report.html.tmp"
+    aside = out.with_name(out.name + ".tmp")
     aside.write_text(page, encoding="utf-8")
-    os.replace(aside, folder / "report.html")
+    os.replace(aside, out)
     curves.draw(folder)
+    return out
 
 
 def environment():
@@ -83,7 +88,7 @@ def environment():
 
 def read(path):
     """A JSON file of the run, None where it is not there (yet)."""
-    return storage.read_json(path, "the run") if path.exists() else None
+    return storage.read_json(path, mend="delete it, or give a new config.exp_name") if path.exists() else None
 
 
 def status(folder, records):
@@ -159,7 +164,7 @@ def shown_stages(folder):
 
 def sheet(folder, stage):
     """{stage, groups}: its first branch groups, every ending with its reward and whether it was kept."""
-    rows, groups = storage.read_json(folder / "scores.json", "run_select.py")["scores"], {}
+    rows, groups = storage.read_json(folder / "scores.json", "run_select.py", "scores"), {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
     return {
@@ -190,5 +195,7 @@ def evaluation(folder):
     stored = read(folder / "eval.json")
     if stored is None:
         return None
-    image = (folder / "before_after.png").read_bytes()
-    return {"table": table(stored["results"]), "image": data_uri(image, "png")}
+    image = folder / "before_after.png"
+    return {
+        "table": table(stored["results"]), "image": data_uri(image.read_bytes(), "png") if image.exists() else None,
+    }  # fmt: skip

@@ -39,6 +39,13 @@ def run_main(main, locked=False, **options):
 
 def _call(main, locked, options):
     """run_main, with SystemExit for what is said in one line."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        more = "".join(
+            f" [--{name} VALUE]" if default is not None else f" --{name} VALUE" for name, default in options.items()
+        )
+        print(f"{program()} --config config/stage_process.py:PRESET [--config.x.y=value ...]{more}")
+        print("Presets and settings: config/stage_process.py. Pages: README.md and docs/.")
+        return
     try:
         config, options = parse(sys.argv, options)
         if locked:

@@ -45,6 +45,7 @@ ADDED = {  # settings that earlier runs lack, and what those did
     "fusion.first_step": 2, "fusion.mask": "quantile", "fusion.threshold": 0.5, "fusion.keep": "all",
     "fusion.margin": 0.0,
 }  # fmt: skip
+MEND = "give a new config.exp_name"
 RENAMED = {"train.beta1": "train.positive_weight", "train.beta2": "train.negative_weight"}
 
 
@@ -102,7 +103,7 @@ class Run:
         path = self.folder / "config.json"
         if not path.exists():
             return
-        stored = {RENAMED.get(name, name): value for name, value in read_json(path, "the run").items()}
+        stored = {RENAMED.get(name, name): value for name, value in read_json(path, mend=MEND).items()}
         stored, pinned = that_matter(ADDED | stored), that_matter(flat(config))
         changed = [name for name in sorted({*stored, *pinned}) if stored.get(name) != pinned.get(name)]
         if changed:

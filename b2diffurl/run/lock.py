@@ -21,7 +21,10 @@ def hold(folder):
     """
     if int(os.environ.get("RANK", "0")):  # of several processes of one step the first one locks
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:
+        raise UserError(f"config.save_path: {folder} cannot be made ({error.strerror})") from None
     path = folder / ".lock"
     if INHERITED not in os.environ:
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)

@@ -11,10 +11,10 @@ def read(path):
     if not path.exists():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
+        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (TypeError, ValueError) as error:
         raise UserError(
-            f"{path} has a line that is no JSON ({error}): delete that line, or give a new config.exp_name"
+            f"{path} has a line that is no JSON object ({error}): delete that line, or give a new config.exp_name"
         ) from None
 
 

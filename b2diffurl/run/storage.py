@@ -67,14 +67,21 @@ def read_tensors(path, step):
         raise UserError(f"{path} is broken ({error}): delete the stage's folder and run {step} again") from None
 
 
-def read_json(path, step):
-    """A JSON file of an earlier step; UserError if it is missing or broken, naming the step that makes it."""
+def read_json(path, step="", key=None, mend=""):
+    """A JSON file, or what it has under a key; UserError if it is missing or broken, which names the way out.
+
+    step: the script that makes it, of an earlier step; mend: the way out for a file that is no step's.
+    """
+    mend = mend or f"delete the stage's folder and run {step} again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if key is None else found[key]
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run {step} on this stage first") from None
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is not what {step} writes: {mend}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is broken ({error}): delete the stage's folder and run {step} again") from None
+        raise UserError(f"{path} is broken ({error}): {mend}") from None
 
 
 @contextlib.contextmanager

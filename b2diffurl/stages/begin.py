@@ -10,6 +10,12 @@ COMPLETE = {
     "fuse": "fused.json",
     "train": "checkpoints",
 }  # written last, when all is there
+PARTS = {  # what the stage's later steps read beside it; once the stage is trained, config.keep may have deleted it
+    "sample": ("images", "samples.safetensors"),
+    "select": ("selected.safetensors",),
+    "fuse": ("fused", "fused.safetensors", "selected.safetensors"),
+}
+LORA = "checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
 
 
 def steps(config):
@@ -25,8 +31,17 @@ def begin(config, step):
     run = Run(config)
     log = start_log(run)
     run.pin(config)
-    done = run.stage / COMPLETE[step]
-    if processes.first(done.exists()):
-        log.info(f"stage {config.stage} {step}: complete already ({done})")
+    if processes.first(is_complete(config, run.stage, step)):
+        log.info(f"stage {config.stage} {step}: complete already ({run.stage / COMPLETE[step]})")
         return None
     return run, log
+
+
+def is_complete(config, stage, step):
+    """Whether a step has left all its files in the stage's folder; a step that lost one is run again."""
+    if not (stage / COMPLETE[step]).exists():
+        return False
+    trained = (stage / LORA).exists()
+    later = step == "select" and METHODS[config.method].fusion  # then run_fuse.py writes selected.safetensors
+    parts = () if later else PARTS.get(step, ())
+    return trained or (step != "train" and all((stage / name).exists() for name in parts))

@@ -41,7 +41,7 @@ def main(config, started=None, loaded=None):
     if not METHODS[config.method].fusion:
         raise UserError(f"config.method={config.method} fuses nothing: run_train.py is next")
     run, log = opened
-    scores = storage.read_json(run.stage / "scores.json", "run_select.py")["scores"]
+    scores = storage.read_json(run.stage / "scores.json", "run_select.py", "scores")
     before, loaded, pairs = run.require_previous(), loaded or Models(config), pairs_of(config, scores)
     prompts = list(dict.fromkeys(row["prompt"] for row in scores))
     words, of_pair = word_thresholds(config, loaded.family, prompts), [prompts.index(b["prompt"]) for _, b in pairs]

@@ -4,7 +4,6 @@ Python starts once and every model is loaded once: three starts per stage with P
 gigabytes of weights cost more than the work of a stage that is short or spread over several GPUs.
 """
 
-import math
 import time
 
 from .. import STARTED
@@ -20,8 +19,6 @@ from . import fuse, sample, select, train
 from .begin import steps
 from .plateau import reached
 
-REPORT_EVERY = 20  # times what report.html takes: so much of the run lies between two of them
-
 
 def run_stage(config, started=None, loaded=None):
     """The steps of config.stage; started: as the steps take it; loaded: their Models, the stage's own unless given."""
@@ -34,7 +31,7 @@ def run_stage(config, started=None, loaded=None):
 
 def main(config):
     """Run every stage that is not complete, up to a plateau, then the evaluation."""
-    started, loaded, written, took = STARTED, Models(config), -math.inf, 0.0
+    started, loaded = STARTED, Models(config)
     for stage in range(config.schedule.stage_count):
         config.stage = stage
         complete = processes.first((Run(config).stage / "checkpoints").is_dir())
@@ -50,13 +47,12 @@ def main(config):
             continue
         run_stage(config, started, loaded)
         started = time.perf_counter()
-        if processes.rank() == 0 and started - written > REPORT_EVERY * took:
+        if processes.rank() == 0:
             try:
                 page.main(run.folder)
             except (UserError, OSError) as error:  # training goes on without it
                 print(f"report.html was not written: {error}", flush=True)
-            written = time.perf_counter()
-            took, started = written - started, written
+            started = time.perf_counter()
     before_after.main(config, evaluated(config, run.checkpoint), run.folder, loaded=loaded)
     if processes.rank() == 0:
         page.main(run.folder)

@@ -95,12 +95,7 @@ def _requests(waiting, size):
 
 def history_of(path):
     """The RewardHistory state that an earlier stage's scores.json holds."""
-    try:
-        return storage.read_json(path, "run_select.py")["history"]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{path} is not what run_select.py writes: delete that stage's folder and run it again"
-        ) from None
+    return storage.read_json(path, "run_select.py", "history")
 
 
 def read_picture(path):

@@ -123,7 +123,10 @@ def _credit(config, rows, raw, normalised, log):
     if flat:
         what = f"stage {config.stage} select: {config.reward.name!r} gave all images of a prompt the same reward"
         if config.stage == 0:
-            raise UserError(f"{what}, of each prompt: there is nothing to learn from; nothing was written")
+            raise UserError(
+                f"{what}, of each prompt: there is nothing to learn from, and nothing was written. Give a denser "
+                "reward, or more config.sample.groups or another config.seed under a new config.exp_name"
+            )
         log.warning(f"{what}, of each prompt: nothing is trained on")
     if METHODS[config.method].fusion:
         kept = np.zeros((config.sample.groups, config.sample.branches), dtype=bool)

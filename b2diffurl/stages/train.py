@@ -80,7 +80,7 @@ def credit_of(config, run):
     path = run.stage / "selected.safetensors"
     if METHODS[config.method].fusion:
         return read_credit(path, "run_fuse.py")
-    scores = storage.read_json(run.stage / "scores.json", "run_select.py")["scores"]
+    scores = storage.read_json(run.stage / "scores.json", "run_select.py", "scores")
     stored = storage.read_tensors(path, "run_select.py")
     if stored.keys() == {"index", "normalised"}:  # of a run from before there was a Credit
         normalised = np.array([row["normalised"] for row in scores]).reshape(-1, config.sample.branches)
