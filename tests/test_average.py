@@ -31,10 +31,14 @@ def test_its_numbers_by_hand_and_after_a_restart():
 
 
 def test_a_run_keeps_it_evaluates_it_and_trains_as_without(tmp_path):
-    more = ["--config.train.ema_decay=0.5", "--config.evaluate.images_per_prompt=1"]
+    few = tmp_path / "few.json"
+    few.write_text('["a red circle", "a blue ring"]')
+    same = [f"--config.prompts.train={few}"]
+    more = [*same, f"--config.prompts.test={few}", "--config.train.ema_decay=0.5"]
+    more += ["--config.evaluate.images_per_prompt=1"]
     config = configure(tmp_path / "a", *more)
     loop.main(config)
-    run_stage(tmp_path / "b", 0)  # without
+    run_stage(tmp_path / "b", 0, *same)  # without
     for stage in (0, 1):  # each stage in models of its own
         run_stage(tmp_path / "c", stage, *more)
 

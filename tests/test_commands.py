@@ -111,7 +111,6 @@ ELSEWHERE = {
         "python -m b2diffurl.study.benchmark --tasks attribute --arms b2_lean b2",
         "python -m b2diffurl.study.benchmark --design dfusion",
         "python -m b2diffurl.study.benchmark --design dfusion --search",
-        "python -m b2diffurl.study.benchmark --design dfusion --tasks attribute --arms dpo_fused dpo",
     ), HOURS),
 }  # fmt: skip
 

@@ -49,6 +49,9 @@ KINDS = {  # -> how its folder is written, with which options, and settings
 }
 
 
+SHORT = ("sdxl", "sd3", "flux")  # whole runs of these, of the others with --slow
+
+
 class Kind:
     """A tiny pipeline's folder, and what its family needs."""
 
@@ -162,6 +165,10 @@ def test_pictures_are_the_stock_pipelines(kind):
     assert ours.std() > 1
 
 
+@pytest.mark.parametrize(
+    "kind", [*SHORT, *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS if name not in SHORT)],
+    indirect=True,
+)  # fmt: skip
 def test_two_stages_an_evaluation_and_the_stock_pipeline_reads_the_lora(kind, elsewhere):
     settings = (f"save_path={elsewhere}", "select.pos_threshold=-9", "select.neg_threshold=9")
     for stage in (0, 1):
