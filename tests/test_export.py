@@ -277,12 +277,17 @@ def test_card(checkpoints, tmp_path, monkeypatch):
     assert "0.750 [0.000, 1.000]" in (tmp_path / "ema/README.md").read_text()
     (folder / "eval.json").write_text(json.dumps({"settings": {"sha256": "another's"}, "results": results}))
     run(checkpoint, tmp_path / "other/l.safetensors", "diffusers", card=True)
-    assert "Before and after" not in (tmp_path / "other/README.md").read_text()
+    text = (tmp_path / "other/README.md").read_text()
+    assert "Before and after" not in text
+    assert "![the run, stage by stage](curves.png)" in text
+    assert (tmp_path / "other/curves.png").exists()
     assert not (tmp_path / "other/before_after.png").exists()
     config.pretrained.model = str(checkpoints["sd"][0])
     (folder / "config.json").write_text(json.dumps(flat(config)))
     run(checkpoint, tmp_path / "local/l.safetensors", "diffusers", card=True)
-    assert str(tmp_path.parent) not in (tmp_path / "local/README.md").read_text()  # no path of this machine
+    text = (tmp_path / "local/README.md").read_text()
+    assert str(tmp_path.parent) not in text  # no path of this machine
+    assert f'from_pretrained("path/to/{checkpoints["sd"][0].name}")' in text
     _, sd3 = checkpoints["sd3"]
     shutil.copy(folder / "config.json", sd3.parents[2])
     run(sd3, tmp_path / "sd3/l.safetensors", "kohya", card=True)

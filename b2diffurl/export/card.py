@@ -67,13 +67,14 @@ def write(run, stage, checkpoint, given, path):
     there and of the checkpoint's LoRA. given: the LoRA's `file` name, its `denoiser`, its `form`, the hub's
     `repository` or "".
     """
-    config, pictures = read_json(run / "config.json", "run_sample.py"), []
+    config, pictures = read_json(run / "config.json", "run_sample.py"), ["curves.png"]
     weights = (checkpoint / "pytorch_lora_weights.safetensors").read_bytes()
     found = read_json(run / "eval.json", mend="delete it, and evaluate again") if (run / "eval.json").exists() else None
     if found and found["settings"]["sha256"] == hashlib.sha256(weights).hexdigest():
-        pictures = [run / name for name in ("before_after.png", "curves.png") if (run / name).exists()]
+        pictures = ["before_after.png", *pictures]
     else:
         found = None
+    pictures = [run / name for name in pictures if (run / name).exists()]
     model, prompts = config["pretrained.model"], read_prompts(config["prompts.train"])
     hub_id = not pathlib.Path(model).exists() and model.count("/") == 1
     base = f"base_model: {json.dumps(model)}\n" if hub_id else ""
@@ -111,7 +112,9 @@ def _loading(known, config, prompt, given):
 def _results(found, pictures):
     """The table of an eval.json, or None, and its pictures."""
     says = {"before_after.png": "the same noise before and after", "curves.png": "the run, stage by stage"}
-    lines = ["", "## Before and after", "", "```", table(found["results"]), "```"] if found else []
+    lines = ["", "## The run"] if pictures else []
+    if found:
+        lines = ["", "## Before and after", "", "```", table(found["results"]), "```"]
     for picture in pictures:
         lines += ["", f"![{says[picture.name]}]({picture.name})"]
     return "\n".join([*lines, ""])
