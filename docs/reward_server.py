@@ -24,7 +24,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Answers a POST of {"prompts", "metadata", "images"} with {"scores"}."""
 
     def do_POST(self):
-        status = 400  # the trainer's mistake, and not asked again, as with 500
+        status = 400  # what was sent is wrong, and is not sent again; with 500, a failure here, it is
         try:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             images = [Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB") for png in asked["images"]]

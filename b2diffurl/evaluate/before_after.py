@@ -27,7 +27,7 @@ from . import contact_sheet
 from .measures import Quality, feature_distance
 
 RESAMPLES = 10_000
-MEND = "delete it, and evaluate again"
+MEND = "delete it, and evaluate again"  # where an eval.json is broken
 MATTERS = ("pretrained", "sample", "reward", "evaluate")  # the settings that an evaluation depends on
 
 

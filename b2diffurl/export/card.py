@@ -4,7 +4,7 @@ import hashlib
 import json
 import pathlib
 
-from ..evaluate.before_after import table
+from ..evaluate.before_after import MEND, table
 from ..run import metrics
 from ..run.prompts import read_prompts
 from ..run.storage import read_json
@@ -69,7 +69,7 @@ def write(run, stage, checkpoint, given, path):
     """
     config, pictures = read_json(run / "config.json", "run_sample.py"), ["curves.png"]
     weights = (checkpoint / "pytorch_lora_weights.safetensors").read_bytes()
-    found = read_json(run / "eval.json", mend="delete it, and evaluate again") if (run / "eval.json").exists() else None
+    found = read_json(run / "eval.json", mend=MEND) if (run / "eval.json").exists() else None
     if found and found["settings"]["sha256"] == hashlib.sha256(weights).hexdigest():
         pictures = ["before_after.png", *pictures]
     else:

@@ -36,15 +36,14 @@ def leave():
 
 
 def give_up():
-    """End this process at once, after an error that the others may not have; in a single process do nothing.
+    """End this process at once, after an error that the others may not have.
 
     They may be waiting for this one in a collective call. NCCL's orderly end waits for them in turn; a launcher that
     sees a process end stops the rest.
     """
-    if size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def follow_parent():
