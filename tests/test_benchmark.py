@@ -22,23 +22,26 @@ from b2diffurl.study.designs import DESIGNS, SPARSE
 @pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
 def test_every_job_can_be_configured(tmp_path, design):
     jobs = benchmark.benchmark_jobs(design.tasks, design.arms, design.seeds)
-    jobs += benchmark.search_jobs([task for task in design.tasks if design.tasks[task].search], design.grid)
+    searched = [task for task in design.tasks if design.tasks[task].search]
+    jobs += benchmark.search_jobs(searched, design.grid, design.search_seeds)
     assert len(jobs) == len(set(jobs))
     first = jobs[: len(design.tasks) * len(design.arms)]
+    assert not any(job.search for job in first)
     assert {job.seed for job in first} == {design.seeds[0]}
-    names, seen = set(), [*first, *(job for job in jobs if job.seed == benchmark.SEARCH_SEED)]
+    names, seen = set(), [*first, *(job for job in jobs if job.search and job.seed == design.search_seeds[0])]
     for job in seen:
         config = benchmark.configure(job, tmp_path, design)
         names.add(config.exp_name)
         per_stage = benchmark.queries(config)
-        wanted = design.search_budget if job.seed == benchmark.SEARCH_SEED else design.budget
-        assert config.schedule.stage_count * per_stage == design.less.get(job.arm, wanted)
+        assert config.schedule.stage_count * per_stage == design.less.get(job.arm, design.budget)
         assert design.every % per_stage == 0
         assert getattr(ladder, design.tasks[job.task].success)
-        assert ("search" in config.prompts.test) == (job.seed == benchmark.SEARCH_SEED)
+        assert ("search" in config.prompts.test) == job.search
     assert len(names) == len(seen)
     assert {arm for pair in design.comparisons for arm in pair} <= design.arms.keys()
     assert design.grid.keys() <= design.arms.keys()
+    same = benchmark.Job(*first[0][:2], design.search_seeds[0])
+    assert "search" not in benchmark.configure(same, tmp_path, design).prompts.test
 
 
 def configure(*settings):
@@ -103,7 +106,7 @@ def test_a_run_that_fails_counts_with_the_base_model_and_is_named(tmp_path, monk
         benchmark.main(tmp_path, jobs, design)
     table = (tmp_path / "table.md").read_text()
     assert "Failed: dark b2  1 the gradient is not finite" in table
-    assert "| b2_lean at its half - b2 | 2 | +0.125 " in table  # (0.75 - 0.25) / 2 at seed 1, 0 at seed 2
+    assert "| b2_lean at its end - b2 at its | 2 | +0.125 " in table  # (0.75 - 0.25) / 2 at seed 1, 0 at seed 2
     benchmark.main(tmp_path, jobs, design)  # nothing is left
     capsys.readouterr()
 
@@ -118,6 +121,9 @@ def test_queries_to_a_mark_and_the_area():
     assert paths.spent_to(rising, 0.5) == 0
     assert paths.spent_to(rising, 0.95) == math.inf
     assert paths.area(rising) == pytest.approx((0.6 + 0.8 + 0.875) / 3)
+    assert np.array(paths.until(rising, 360)).T.tolist() == [[0, 0.5], [240, 0.7], [360, pytest.approx(0.8)]]
+    for last in (720, 900):
+        assert np.array_equal(paths.until(rising, last), rising)
 
 
 def rows_of(arm, seed, values):
@@ -159,9 +165,11 @@ def test_the_primary_outcome_is_over_the_seeds_that_have_all_tasks():
     (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), two)[2:]
     gaps = [((0.5 - 0.6) + (0.4 - 0.3)) / 2, ((0.7 - 0.6) + (0.5 - 0.3)) / 2]
     mean, low, high = interval(gaps)
-    wanted = f"| b2_lean at its half - b2 | 2 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {lower_bound(gaps):+.3f} |"
+    wanted = (
+        f"| b2_lean at its end - b2 at its | 2 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {lower_bound(gaps):+.3f} |"
+    )
     assert line.startswith(wanted)
-    assert line.endswith("| 1.00 |")
+    assert line.endswith("| 1.00 | not decided: 10 seeds |")
     assert benchmark_report.primary(benchmark_report.runs_of(rows[:1]), two) == []
     more = SPARSE._replace(tasks=(*base, "a task without runs"))
     assert benchmark_report.primary(benchmark_report.runs_of(rows), more) == []
@@ -192,6 +200,9 @@ def test_the_interquartile_mean_is_over_all_tasks_and_drawn_within_each():
     (line,) = benchmark_report.middles(benchmark_report.runs_of(rows), base)[2:]
     assert line.startswith("| b2 | dark, left | 4 | 0.400 [")
     assert "| 0.600 [" in line
+    one_more = [*rows, {**rows_of("b2", 2, (1.0,))[0], "task": "dark"}]  # a seed that has not every task yet
+    assert benchmark_report.middles(benchmark_report.runs_of(one_more), base)[2:] == [line]
+    assert benchmark_report.middles(benchmark_report.runs_of(rows[:2]), base) == []
 
 
 def test_ratios_are_geometric_means_of_paired_seeds_by_sparsity(tmp_path):
@@ -216,6 +227,13 @@ def test_ratios_are_geometric_means_of_paired_seeds_by_sparsity(tmp_path):
     benchmark_ratios.draw(tmp_path / "ratios.png", runs, base, "ddpo")
     assert (tmp_path / "ratios.png").stat().st_size > 5000
     assert benchmark_ratios.ratios(runs, base, "another", "queries") == {}
+    dearer = [{**row, "forwards": 2e6 if row["arm"] == "b2" else 1e6} for row in rows]
+    dearer = [{**row, "forwards": row["forwards"] * (row["stage"] + 1)} for row in dearer]
+    (sparse, *passes), _ = benchmark_ratios.ratios(benchmark_report.runs_of(dearer), base, "ddpo", "forwards")["b2"]
+    assert passes == pytest.approx(2 * np.array(found["b2"][0][1:]))
+    level = [row for seed in (1, 2) for row in rows_of("ddpo", seed, (0.2,) * 4) + rows_of("b2", seed, (0.2,) * 2)]
+    ((_, *even),) = benchmark_ratios.ratios(benchmark_report.runs_of(level), base, "ddpo", "queries")["b2"]
+    assert even == [1, 1, 1]  # neither comes there, and one of them has half of the queries
     benchmark_ratios.draw(tmp_path / "none.png", runs, base, "another")
     assert [path.name for path in tmp_path.iterdir()] == ["ratios.png"]
 
@@ -241,10 +259,30 @@ def test_the_reports_other_columns():
     rows += [stage_of("b2", seed, (0.6, 0.9, 0.3), 4e6) for seed in (0, 1)]
     runs = benchmark_report.runs_of(rows)
     (line,) = benchmark_report.primary(runs, SPARSE._replace(tasks=base, rivals=("b2",)))[2:]
-    assert line.endswith("| -0.200 [-0.200, -0.200] | 0.25 |")
+    assert line.endswith("| -0.200 [-0.200, -0.200] | 0.25 | not decided: 10 seeds |")
     lines = benchmark_report.table(runs, base)
     assert lines[2] == "| dark | base model | | | | 0.200 | | | 0.300 | 0.400 | |"
-    assert lines[3].endswith("| 0.700 [0.700, 0.700] | 0.100 [0.100, 0.100] | 1.00 |")
+    area, end, train, diversity = (f"{value:.3f} [{value:.3f}, {value:.3f}]" for value in (0.35, 0.5, 0.7, 0.1))
+    never = "- (0 of 2)"
+    assert lines[3] == f"| dark | b2_lean |  | 2 | {area} | {end} | {never} | {never} | {train} | {diversity} | 1.00 |"
+    failed = [{**row, "failed": "x", "forwards": 0, "diversity_train": 0.4} for row in rows if row["arm"] == "b2_lean"]
+    again = benchmark_report.runs_of([*rows[2:], failed[0], rows[1]])
+    (line,) = benchmark_report.primary(again, SPARSE._replace(tasks=base, rivals=("b2",)))[2:]
+    assert line.endswith("| -0.200 | 0.25 | not decided: 10 seeds |")  # of the other seed
+    assert benchmark_report.table(again, base)[4].endswith("| 1.00 |")
+
+
+@pytest.mark.parametrize(
+    ("end", "diversity", "passes", "holds"),
+    [(0.59, 0.3, 4e6, True), (0.57, 0.3, 1e6, False), (0.9, 0.28, 1e6, False), (0.9, 0.295, 4.1e6, False)],
+)
+def test_what_the_primary_outcome_asks_for(end, diversity, passes, holds):
+    design = SPARSE._replace(tasks=("dark",), rivals=("b2",), seeds=(0, 1))
+    assert (design.margin, design.diversity_margin) == (0.02, 0.01)
+    rows = [stage_of("b2_lean", seed, (end, 0.7, diversity), passes) for seed in (0, 1)]
+    rows += [stage_of("b2", seed, (0.6, 0.9, 0.3), 4e6) for seed in (0, 1)]
+    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), design)[2:]
+    assert line.endswith(f"| {holds} |")
 
 
 def test_what_a_run_has_spent(tmp_path):
@@ -254,17 +292,23 @@ def test_what_a_run_has_spent(tmp_path):
     for config.stage in (0, 1):
         steps = {
             "sample": {"perf/unet_evals": 10},
-            "select": {"reward/queries": 6 * (config.stage + 1), "select/kept": 3},
-            "train": {"perf/unet_evals": 4, "train/updates": 2, "policy/approx_kl": 0.1 * config.stage},
+            "select": {"reward/queries": 6 * config.stage + 4, "select/kept": 3},
+            "fuse": {"perf/unet_evals": 5, "reward/queries": 6 * (config.stage + 1), "fuse/kept": 1, "fuse/targets": 2},
+            "train": {
+                "perf/unet_evals": 6,
+                "perf/unet_evals_base": 2,
+                "train/updates": 2,
+                "policy/approx_kl": 0.1 * config.stage,
+            },
         }
         for step, values in steps.items():
             metrics.record(run.metrics, config, step, {**values, "time_s": 1.0})
     assert benchmark_measures.spent(run, config) == {
-        "queries": 12, "updates": 4, "kept": 6, "unet_evals": 28, "forwards": 20 + 3 * 8, "approx_kl": 0.1,
-        "seconds": 6.0,
+        "queries": 12, "updates": 4, "kept": 2, "unet_evals": 42, "forwards": 20 + 10 + 4 + 3 * 8, "approx_kl": 0.1,
+        "seconds": 8.0,
     }  # fmt: skip
     config.stage = 0
-    assert benchmark_measures.spent(run, config)["forwards"] == 10 + 3 * 4
+    assert benchmark_measures.spent(run, config)["forwards"] == 10 + 5 + 2 + 3 * 4
 
 
 def test_a_failed_runs_row_is_at_its_own_budget():

@@ -107,8 +107,8 @@ ELSEWHERE = {
         "python -m b2diffurl.study --out docs/study/why --seeds 101 102 103",
         "python -m b2diffurl.study --out docs/study/brakes --seeds 101 102 --set train.learning_rate=4e-3 ADDED "
         "--rows ROW",
-        "python -m b2diffurl.study.benchmark --search",
-        "python -m b2diffurl.study.benchmark --tasks attribute --arms b2_lean b2",
+        "python -m b2diffurl.study.benchmark",
+        "python -m b2diffurl.study.benchmark --search --seeds 201",
         "python -m b2diffurl.study.benchmark --design dfusion",
         "python -m b2diffurl.study.benchmark --design dfusion --search",
     ), HOURS),

@@ -20,9 +20,11 @@ def drawn():
 def test_every_rung_is_its_conditions(drawn):
     scenes, images, prompts = drawn
     left, dark = scenes.centre[:, 0, 0] < ladder.LEFT, scenes.grey.mean(1) < ladder.DARK
+    plain = scenes.texture == 0
     clear = (abs(scenes.centre[:, 0, 0] - ladder.LEFT) > 0.5) & (abs(scenes.grey.mean(1) - ladder.DARK) > 0.04)
     for rung, wanted in (
         (ladder.right, np.ones(400)), (ladder.right_dark, dark), (ladder.right_left, left),
+        (ladder.right_plain, plain),
         (ladder.right_dark_left, dark & left),
     ):  # fmt: skip
         found = rung(images, prompts)
@@ -36,7 +38,7 @@ def test_a_wrong_picture_is_worth_nothing_on_any_rung(drawn):
     wrong = [
         prompt.replace(prompt.split()[1], COLOURS[(COLOURS.index(prompt.split()[1]) + 2) % 6]) for prompt in prompts
     ]
-    for rung in (ladder.right, ladder.right_dark, ladder.right_left, ladder.right_dark_left):
+    for rung in (ladder.right, ladder.right_dark, ladder.right_plain, ladder.right_left, ladder.right_dark_left):
         assert not rung(images, wrong).any()
 
 

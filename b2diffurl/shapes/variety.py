@@ -16,8 +16,18 @@ BINS = {  # what is read of a picture: edges of its bins, in thirds of what samp
 
 def brightness(pictures):
     """Mean brightness (N,) of the backgrounds of pictures (N, 3, SIZE, SIZE) in [0, 1]; 0 without any background."""
+    return _of_background(pictures.mean(1), pictures)
+
+
+def texture(pictures):
+    """Standard deviation (N,) of the brightness over the background, of pictures as above: 0 where it is plain."""
+    light = pictures.mean(1)
+    return _of_background((light - brightness(pictures)[:, None, None]) ** 2, pictures).sqrt()
+
+
+def _of_background(values, pictures):
     grey = pictures.amax(1) - pictures.amin(1) <= FOREGROUND_CHROMA
-    return (pictures.mean(1) * grey).sum((1, 2)) / grey.sum((1, 2)).clamp(min=1)
+    return (values * grey).sum((1, 2)) / grey.sum((1, 2)).clamp(min=1)
 
 
 def open_entropy(images, per_prompt):

@@ -146,6 +146,8 @@ def _train(config, learner, experience, baseline):
     values = _figures(updates) | planned | {"train/lora_change": _changed(config, learner.parameters, before)}
     if baseline:
         values["train/value_loss"] = baseline.fit(experience, train.value_epochs, generator)
+    if asked_base:
+        values["perf/unet_evals_base"] = policy.family.evaluations * asked_base
     values["perf/unet_evals"] = policy.family.evaluations * (asked + asked_base)
     values["perf/predictions_per_s"] = round(asked / (time.perf_counter() - began), 3)
     return values

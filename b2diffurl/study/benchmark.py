@@ -3,13 +3,14 @@
 `python -m b2diffurl.study.benchmark [--design NAME] [--search] [--out DIR] [--tasks NAME ...] [--arms NAME ...]
 [--seeds N ...]` writes results.csv (a row per run and stage), table.md, curves.png and ratios.png into DIR/results or,
 with --search, DIR/search; one process a core; the same command goes on where it was stopped. --search tries the
-settings of the design's grid on prompts and a seed of its own.
+settings of the design's grid on prompts and seeds of its own.
 """
 
 import argparse
 import functools
 import itertools
 import pathlib
+import re
 import sys
 import time
 import typing
@@ -27,7 +28,6 @@ from .benchmark_measures import FIGURES, measure, spent
 from .designs import DESIGNS
 from .runs import each
 
-SEARCH_SEED = 201
 KEYS = ("task", "arm", "settings", "seed")  # of a run
 TEXTS = (*KEYS[:3], "by_prompt_train", "by_prompt_test", "failed")
 COUNTS = ("seed", "stage", "queries", "updates", "kept", "unet_evals", "forwards")
@@ -48,6 +48,7 @@ class Job(typing.NamedTuple):
     arm: str
     seed: int
     settings: tuple = ()  # (configuration field, value) over the arm's; of the search
+    search: bool = False  # on the search's prompts
 
     def key(self):
         """What names the run in results.csv: {column: value}."""
@@ -64,19 +65,21 @@ def benchmark_jobs(tasks, arms, seeds):
     return [Job(task, arm, seed) for seed, task, arm in itertools.product(seeds, tasks, arms)]
 
 
-def search_jobs(tasks, grid):
-    """The Jobs of the search: every setting of a grid, {arm: [settings]}."""
+def search_jobs(tasks, grid, seeds):
+    """The Jobs of the search: every setting of a grid, {arm: [settings]}, all of a seed before the next one."""
     return [
-        Job(t, arm, SEARCH_SEED, tuple(own.items())) for t, arm in itertools.product(tasks, grid) for own in grid[arm]
+        Job(task, arm, seed, tuple(own.items()), search=True)
+        for seed, task, arm in itertools.product(seeds, tasks, grid)
+        for own in grid[arm]
     ]
 
 
 def configure(job, out, design):
     """A run's checked configuration. UserError where one of its settings is refused."""
-    task, searching = design.tasks[job.task], job.seed == SEARCH_SEED
-    lists = task.search if searching else task.lists
+    task = design.tasks[job.task]
+    lists = task.search if job.search else task.lists
     settings = {
-        "exp_name": job.name().replace(" ", "_").replace(",", ""), "save_path": str(out / "runs"), "seed": job.seed,
+        "exp_name": re.sub(r"[^\w.-]+", "_", job.name()), "save_path": str(out / "runs"), "seed": job.seed,
         "reward.name": task.reward, "prompts.train": f"prompts/shapes_{lists}_train.json",
         "prompts.test": f"prompts/shapes_{lists}_test.json", "evaluate.images_per_prompt": task.images,
         "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **design.shared, **design.arms[job.arm],
@@ -84,21 +87,21 @@ def configure(job, out, design):
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     config = parse(["benchmark", "--config", "config/stage_process.py:shapes", *flags])[0]
-    budget = design.search_budget if searching else design.less.get(job.arm, design.budget)
-    config.schedule.stage_count = budget // queries(config)
+    config.schedule.stage_count = design.less.get(job.arm, design.budget) // queries(config)
     return config
 
 
 def run(job, out, design):
     """One run, or what is left of it -> its rows of results.csv, one per stage."""
     config = configure(job, out, design)
-    stages, rows, loaded = config.schedule.stage_count, [], Models(config)
+    stages, rows, loaded, passed = config.schedule.stage_count, [], Models(config), 0
     for config.stage in range(stages):
         place = Run(config)
         if not (place.stage / "checkpoints").is_dir():
             run_stage(config, loaded=loaded)
         row = {**job.key(), "stage": config.stage, **spent(place, config)}
-        if row["queries"] % design.every == 0 or config.stage == stages - 1:
+        before, passed = passed, row["queries"] // design.every
+        if passed > before or config.stage == stages - 1:
             stored = place.stage / "evaluation.json"
             if not stored.exists():
                 storage.write_json(
@@ -163,7 +166,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.study.benchmark", description="See docs/benchmark.")
     parser.add_argument("--design", default="sparse", choices=DESIGNS, help="docs/benchmark's, or docs/d-fusion's")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the results and the runs; the design's own")
-    parser.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and a seed")
+    parser.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and seeds")
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
@@ -177,7 +180,8 @@ if __name__ == "__main__":
     kind, jobs = "results", benchmark_jobs(tasks, arms, given.seeds or chosen.seeds)
     if given.search:
         tasks = [task for task in tasks if chosen.tasks[task].search]
-        kind, jobs = "search", search_jobs(tasks, {arm: chosen.grid[arm] for arm in arms})
+        grid = {arm: chosen.grid[arm] for arm in arms}
+        kind, jobs = "search", search_jobs(tasks, grid, given.seeds or chosen.search_seeds)
     try:
         folder = (given.out or pathlib.Path(chosen.folder)) / kind
         folder.mkdir(parents=True, exist_ok=True)

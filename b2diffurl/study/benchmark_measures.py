@@ -14,12 +14,12 @@ FIGURES = ("success", "by_prompt", "reward", "diversity", "entropy")  # each wit
 def spent(place, config):
     """{column: value} from the metrics.jsonl of a Run, up to and with stage config.stage but for the stage's own KL.
 
-    forwards: passes of the denoiser, the compute of a run; training one transition counts as three.
+    forwards: passes of the denoiser, the compute of a run; a backward pass counts as two.
     """
     lines = [line for line in metrics.read(place.metrics) if line["stage"] <= config.stage]
     of = {step: [line for line in lines if line["step"] == step] for step in ("select", "train")}
     fused = [line for line in lines if line["step"] == "fuse"]
-    trained = sum(line["perf/unet_evals"] for line in of["train"])
+    trained = sum(line["perf/unet_evals"] - line.get("perf/unet_evals_base", 0) for line in of["train"])
     sampled = sum(line.get("perf/unet_evals", 0) for line in lines) - trained
     return {
         "queries": max(line.get("reward/queries", 0) for line in lines),

@@ -14,8 +14,8 @@ SHARE = 0.5  # the mark: so much of what the base model lacks to success on ever
 def ratios(runs, base, reference, across):
     """{arm: [(base success, ratio, low, high) by task]}: geometric means over paired seeds, 95 % by Student's t.
 
-    runs: as benchmark_report.runs_of has them; across: one of AXES. A run that never has the mark counts with all
-    that it spent.
+    runs: as benchmark_report.runs_of has them; across: one of AXES. Both runs of a pair are looked at as far as the
+    one with fewer queries went; one that does not have the mark there counts with all that it spent so far.
     """
     found = {}
     for (task, arm, settings), by_seed in runs.items():
@@ -25,10 +25,11 @@ def ratios(runs, base, reference, across):
             continue
         start = base[task]["success_test"]
         mark = start + SHARE * (1 - start)
-        logs = [
-            np.log(_spent(by_seed[seed], base[task], mark, across) / _spent(others[seed], base[task], mark, across))
-            for seed in seeds
-        ]
+        logs = []
+        for pair in [(by_seed[seed], others[seed]) for seed in seeds]:
+            last = min(run[-1]["queries"] for run in pair)
+            own, theirs = (_spent([r for r in run if r["queries"] <= last], base[task], mark, across) for run in pair)
+            logs.append(np.log(own / theirs))
         found.setdefault(arm, []).append((start, *np.exp(interval(logs))))
     return {arm: sorted(points) for arm, points in found.items()}
 

@@ -27,7 +27,7 @@ def write(out, rows, base, design):
     ]
     lines += failures(rows)
     (out / "table.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    if whole := runs_of([row for row in rows if "failed" not in row]):
+    if whole := runs_of([row for row in rows if "failed" not in row]):  # of the figures; the table has the others too
         draw(out / "curves.png", whole, base)
         benchmark_ratios.draw(out / "ratios.png", whole, base, design.reference)
 
@@ -47,7 +47,11 @@ def runs_of(rows):
 
 
 def table(runs, base):
-    """Markdown lines: every cell's runs, mean and 95 % interval over seeds by Student's t."""
+    """Markdown lines: every cell's runs, mean and 95 % interval over seeds by Student's t.
+
+    area: the mean height of the curve from the base model at 0 queries to the run's end. Runs that stopped with an
+    error have no part in the passes.
+    """
     marks = " | ".join(f"queries to {mark}: median (runs that came there)" for mark in MARKS)
     head = f"| task | arm | settings | seeds | held-out: area | end | {marks} | train: end | diversity | M forwards |"
     lines = [head, "| --- " * (head.count("|") - 1) + "|"]
@@ -62,54 +66,70 @@ def table(runs, base):
             task, arm, settings, str(len(ends)), said_of([area(path) for path in paths]),
             said_of([end["success_test"] for end in ends]), *(_median(values) for values in spent),
             said_of([end["success_train"] for end in ends]), said_of([end["diversity_train"] for end in ends]),
-            f"{np.mean([end['forwards'] for end in ends]) / 1e6:.2f}",
+            _millions([end["forwards"] for end in ends if "failed" not in end]),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
+def _millions(forwards):
+    return f"{np.mean(forwards) / 1e6:.2f}" if forwards else ""
+
+
 def middles(runs, base):
-    """Markdown lines: the interquartile mean of an arm's runs on all of its tasks, by a bootstrap within each task."""
+    """Markdown lines: the interquartile mean of an arm's runs on all tasks, by a bootstrap within each task.
+
+    Only of arms that have runs of every task, and of the seeds that have them all.
+    """
     lines = ["| arm | tasks | runs | held-out: IQM of the area | of the end |", "| --- " * 5 + "|"]
     for arm, settings in dict.fromkeys((arm, settings) for _, arm, settings in runs):
-        by_task = {task: own for (task, *key), own in runs.items() if key == [arm, settings]}
-        areas = [[area(path_of(run, base[task])) for run in own.values()] for task, own in by_task.items()]
-        ends = [[run[-1]["success_test"] for run in own.values()] for own in by_task.values()]
+        by_task = {task: runs.get((task, arm, settings), {}) for task in base}
+        seeds = sorted(set.intersection(*(set(own) for own in by_task.values())))
+        if not seeds:
+            continue
+        areas = [[area(path_of(own[seed], base[task])) for seed in seeds] for task, own in by_task.items()]
+        ends = [[own[seed][-1]["success_test"] for seed in seeds] for own in by_task.values()]
         said = [_between(*stratified(strata)) for strata in (areas, ends)]
         cells = (f"{arm} {settings}".strip(), ", ".join(by_task), str(sum(map(len, ends))), *said)
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 def _median(values):
-    reached = [value for value in values if np.isfinite(value)]
-    middle = np.median(values) if len(reached) * 2 > len(values) else np.inf
-    return f"{middle:.0f} ({len(reached)} of {len(values)})".replace("inf", "-")
+    reached = int(np.isfinite(values).sum())
+    return f"{np.median(values):.0f} ({reached} of {len(values)})".replace("inf", "-")
 
 
 def primary(runs, design):
-    """Markdown lines: design.lean at its end minus its rivals at theirs, every seed's value the mean of the tasks.
+    """Markdown lines: design.lean at its end against its rivals at theirs, every seed's value the mean of the tasks.
 
-    Only over the seeds that have all of them.
+    Only over the seeds that have all of them. Runs that stopped with an error have no part in diversity and passes.
     """
-    lines = ["| primary | seeds | held-out: end | one-sided 95 % bound | diversity | forward passes, ratio |"]
-    lines.append("| --- " * 6 + "|")
+    lines = ["| primary | seeds | held-out: end | one-sided 95 % bound | diversity | forward passes, ratio | holds |"]
+    lines.append("| --- " * 7 + "|")
     for other in design.rivals:
         pairs = [(runs.get((task, design.lean, ""), {}), runs.get((task, other, ""), {})) for task in design.tasks]
         seeds = sorted(set.intersection(*(own.keys() & theirs.keys() for own, theirs in pairs)))
         if len(seeds) < 2:
             continue
         ends = [[(own[seed][-1], theirs[seed][-1]) for own, theirs in pairs] for seed in seeds]
-        gaps, diversity = (
-            [np.mean([own[name] - theirs[name] for own, theirs in of_seed]) for of_seed in ends]
-            for name in ("success_test", "diversity_train")
-        )
-        spent = [(own["forwards"], theirs["forwards"]) for of_seed in ends for own, theirs in of_seed]
-        ratio = np.mean([own / theirs for own, theirs in spent if own and theirs])  # a failed run has none
-        bound = f"{lower_bound(gaps):+.3f}"
-        said = f"{said_of(gaps, '+.3f')} | {bound} | {said_of(diversity, '+.3f')} | {ratio:.2f}"
-        lines.append(f"| {design.lean} at its half - {other} | {len(seeds)} | {said} |")
+        gaps, whole = _gaps(ends, "success_test"), [own for own in ends if not any("failed" in r for r in sum(own, ()))]
+        diversity = _gaps(whole, "diversity_train")
+        ratio = np.mean([own["forwards"] / theirs["forwards"] for of_seed in whole for own, theirs in of_seed])
+        bound, least = lower_bound(gaps), np.mean(diversity)
+        holds = bound > -design.margin and least >= -design.diversity_margin and ratio <= 1
+        verdict = f"not decided: {len(design.seeds)} seeds" if len(seeds) < len(design.seeds) else str(bool(holds))
+        cells = (
+            f"{design.lean} at its end - {other} at its", str(len(seeds)), said_of(gaps, "+.3f"), f"{bound:+.3f}",
+            said_of(diversity, "+.3f"), f"{ratio:.2f}", verdict,
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     return lines if len(lines) > 2 else []
+
+
+def _gaps(ends, figure):
+    """Of [[(own row, other's row) by task] by seed]: the mean difference of a figure over the tasks, by seed."""
+    return [np.mean([own[figure] - theirs[figure] for own, theirs in of_seed]) for of_seed in ends]
 
 
 def differences(runs, base, design):

@@ -11,7 +11,7 @@ class Task(typing.NamedTuple):
     reward: str  # config.reward.name
     success: str  # the function of LADDER by which a picture counts as a success
     lists: str  # prompts/shapes_LISTS_{train,test}.json
-    search: str  # the same for the search; "": not searched
+    search: str = ""  # the same for the search; "": not searched
     images: int = 16  # per prompt, of an evaluation
 
 
@@ -24,25 +24,40 @@ class Design(typing.NamedTuple):
     arms: dict  # {name: settings over them}
     budget: int  # reward queries of a run
     less: dict  # {arm: the same where it is less}
-    search_budget: int
     grid: dict  # what the search tries: {arm: [settings over it]}
     comparisons: tuple  # (arm, other), by the area under the held-out curve, in every task
-    lean: str = ""  # the arm of a primary outcome of its own: at its end against RIVALS at theirs
+    lean: str = ""  # the arm of the primary outcome: at its end against the rivals at theirs
     rivals: tuple = ()
+    margin: float = 0.02  # how far below a rival's the lean arm's held-out success may be
+    diversity_margin: float = 0.01  # and its diversity
     reference: str = ""  # the arm that ratios.png sets the others against
     every: int = 240  # reward queries between two evaluations
     seeds: tuple = tuple(range(401, 411))
+    search_seeds: tuple = (201,)
 
 
-TASKS = {
-    "attribute": Task("clip", "right", "study", "search"),
-    "dark": Task(LADDER + "right_dark", "right_dark", "study", "search"),
-    "left": Task(LADDER + "right_left", "right_left", "study", "search"),
-}
+def rates_and_updates(*counts):
+    """Two learning rates, each with several numbers of trajectories per update."""
+    return [
+        {"train.learning_rate": rate, "train.trajectories_per_update": count}
+        for rate in (4e-3, 8e-3)
+        for count in counts
+    ]
+
+
+ATTRIBUTE = Task("clip", "right", "study", "search")
+CROSS = tuple(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
+TREE = {
+    "schedule.left": 17, "schedule.right": 17, "sample.groups": 15, "sample.branches": 8,
+    "schedule.forks": ((3, 2), (7, 2), (12, 2)),
+}  # fmt: skip
 LEAN = {"train.step_weights": "inverse_gain", "select.credit": "group", "sample.groups": 24, "train.num_epochs": 1}
 SPARSE = Design(
     folder="docs/benchmark",
-    tasks=TASKS,
+    tasks={
+        "attribute": ATTRIBUTE,
+        **{name: Task(f"{LADDER}right_{name}", f"right_{name}", "study") for name in ("dark", "plain", "left")},
+    },
     shared={"train.log_prob": "sum", "train.clip_range": 0.2, "train.learning_rate": 8e-3},
     arms={
         "ddpo": {"method": "ddpo"},
@@ -53,19 +68,16 @@ SPARSE = Design(
         "b2_lean": {"method": "b2", **LEAN},
         "ddpo_lean": {"method": "ddpo", **LEAN},
     },
-    budget=2880,
-    less=dict.fromkeys(("b2_lean", "ddpo_lean"), 1440),
-    search_budget=1440,
+    budget=1440,
+    less=dict.fromkeys(("b2_lean", "ddpo_lean"), 720),
     grid={
-        "b2": [{"train.learning_rate": 4e-3}, {}, {"train.step_weights": "inverse_gain"}],
-        "ddpo": [{"train.learning_rate": 4e-3}, {}],
+        **dict.fromkeys(("ddpo", "ddpo_bpt"), rates_and_updates(32, 64)),
+        **dict.fromkeys(("ddpo_contrast", "ddpo_bs", "b2"), rates_and_updates(16, 32)),
         "b2_lean": [
-            {}, {"sample.prompt_weights": "variance"},
-            {"train.ema_decay": 0.8}, {"train.lr_schedule": "linear"}, {"train.trajectories_per_update": 16},
-            {"schedule.untrained": 2}, {"train.num_epochs": 2}, {"train.num_epochs": 2, "train.learning_rate": 4e-3},
-            {"train.num_epochs": 2, "select.credit": "contrast", "train.trajectories_per_update": 16},
+            {}, {"train.num_epochs": 2}, {"train.learning_rate": 1.6e-2}, {"train.lora_targets": CROSS},
+            {"sample.groups": 12, "sample.branches": 10}, {"schedule.left": 17}, TREE,
         ],
-        "ddpo_lean": [{"train.num_epochs": 2, "train.learning_rate": 4e-3, "select.credit": "all"}],
+        "ddpo_lean": [{}, {"sample.groups": 8, "sample.branches": 15}, {"select.credit": "all"}],
     },
     comparisons=(
         ("b2", "ddpo"), ("b2", "ddpo_contrast"), ("b2", "ddpo_bpt"), ("b2", "ddpo_bs"), ("b2_lean", "ddpo_lean"),
@@ -73,6 +85,8 @@ SPARSE = Design(
     lean="b2_lean",
     rivals=("b2", "ddpo"),
     reference="ddpo",
+    seeds=tuple(range(501, 511)),
+    search_seeds=(201, 202, 203),
 )  # fmt: skip
 
 FUSED = {"method": "dfusion", "sample.groups": 10}  # 160 images and 80 targets per stage
@@ -84,8 +98,8 @@ RATES = [{"train.learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3)]
 DFUSION = Design(
     folder="docs/d-fusion",
     tasks={
-        "attribute": TASKS["attribute"],
-        "relation": Task("clip", "right", "relation", "", images=4),
+        "attribute": ATTRIBUTE,
+        "relation": Task("clip", "right", "relation", images=4),
     },
     shared={
         "sample.branches": 16, "schedule.kind": "constant", "schedule.untrained": 4, "train.log_prob": "sum",
@@ -103,7 +117,6 @@ DFUSION = Design(
     },
     budget=720,
     less={},
-    search_budget=720,
     grid={
         "dpo": RATES,
         "dpo_fused": [

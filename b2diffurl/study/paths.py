@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 
 
-def path_of(run, base, figure="success_test", across="queries"):
-    """A run's rows -> (across (n,), figure (n,)), from the base model at 0 through every evaluated stage."""
-    seen = [row for row in run if figure in row]
-    return np.array([0, *(r[across] for r in seen)]), np.array([base[figure], *(r[figure] for r in seen)])
+def path_of(run, base, across="queries"):
+    """A run's rows -> (across (n,), held-out success (n,)), from the base model at 0 through every evaluated stage."""
+    seen = [row for row in run if "success_test" in row]
+    heights = [base["success_test"], *(row["success_test"] for row in seen)]
+    return np.array([0, *(row[across] for row in seen)]), np.array(heights)
 
 
 def spent_to(path, mark):
@@ -28,5 +29,8 @@ def area(path):
 
 
 def until(path, last):
-    """The part of a path that is not beyond `last`."""
-    return tuple(values[path[0] <= last] for values in path)
+    """The part of a path as far as `last`, on a straight line to there; all of it where it is shorter."""
+    x, y = path
+    if last >= x[-1]:
+        return path
+    return np.append(x[x < last], last), np.append(y[x < last], np.interp(last, x, y))
