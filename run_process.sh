@@ -18,7 +18,7 @@ done
 
 if [ -n "${PRESET:-}" ]; then
   echo "preset $PRESET (PRESET is set)"
-elif [[ ${CUDA_VISIBLE_DEVICES-all} == [!-]* ]] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+elif [[ ${CUDA_VISIBLE_DEVICES-all} == [!-]* ]] && command -v nvidia-smi >/dev/null && [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then
   PRESET=sdv1.4
   echo "preset $PRESET: CUDA is present (PRESET=shapes for the small world)"
 else
@@ -35,7 +35,7 @@ for flag in "$@"; do
 done
 said=$("$PYTHON" -m b2diffurl.stages.preflight "${config[@]}")
 read -r stages processes plateau folder <<<"$(tail -n 1 <<<"$said")" # a user's reward may print when it is imported
-machine=${MACHINE_RANK:-$(sed -nE 's/.*--(machine|node)_rank[= ]+([0-9]+).*/\2/p' <<<"${LAUNCH:-}")}
+machine=${MACHINE_RANK:-$(sed -nE 's/.*--(machine|node)[_-]rank[= ]+([0-9]+).*/\2/p' <<<"${LAUNCH:-}")}
 if [ "$dry" ]; then # says what the run will take
   exec "$PYTHON" -m b2diffurl.stages.dry_run "${config[@]}"
 fi

@@ -30,7 +30,7 @@ class Models:
         """The Family of config.pretrained.model.
 
         Raises UserError, before any weights are loaded, for steps or pictures that the model does not allow, be it only
-        in the evaluation, and where a GPU has too little memory to train it.
+        in the evaluation.
         """
         family, evaluate = load_family(self.config), self.config.evaluate
         self.kernel = family.kernel(self.config.sample.num_steps, self.config.sample)
@@ -42,9 +42,12 @@ class Models:
                 own.kernel(own.config.sample.num_steps, own.config.sample), own.latent_shape
             except UserError as error:
                 raise UserError(str(error).replace("config.sample.", "config.evaluate.")) from None
-        if device().type == "cuda":
-            memory.require(family, self.config, torch.cuda.mem_get_info()[1])
         return family
+
+    def require_memory(self):
+        """Raise UserError, before any weights are loaded, where the GPU has too little memory to train the model."""
+        if device().type == "cuda":
+            memory.require(self.family, self.config, torch.cuda.mem_get_info()[1])
 
     @functools.cached_property
     def kernel(self):

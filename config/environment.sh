@@ -20,15 +20,27 @@ prepare_environment() {
     return
   fi
   PYTHON=$PWD/.venv/bin/python
-  local file base
+  local file
   for file in "$@"; do
-    if [ -x "$PYTHON" ] && cat "$file" requirements.lock | cmp -s - ".venv/$(basename "$file")"; then
-      continue
+    if ! installed "$file"; then
+      ( # one at a time: a second command that starts meanwhile waits
+        set -e
+        ! command -v flock >/dev/null || flock 8
+        installed "$file" || install "$file"
+      ) 8>>.venv.lock || return 1
     fi
-    echo "installing $file into .venv (once; requirements.txt takes a few minutes and about 6 GB) ..."
-    base=$(find_python) || return 1
-    "$base" -m venv .venv
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$file" -c requirements.lock
-    cat "$file" requirements.lock >".venv/$(basename "$file")" # what is installed; a changed file is installed again
   done
+}
+
+installed() {
+  [ -x "$PYTHON" ] && cat "$1" requirements.lock | cmp -s - ".venv/$(basename "$1")"
+}
+
+install() {
+  local base
+  echo "installing $1 into .venv (once; requirements.txt takes a few minutes and about 6 GB) ..."
+  base=$(find_python) || return 1
+  "$base" -m venv .venv || return 1
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$1" -c requirements.lock || return 1
+  cat "$1" requirements.lock >".venv/$(basename "$1")" # what is installed; a changed file is installed again
 }

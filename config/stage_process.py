@@ -250,8 +250,7 @@ def dfusion_sd2_1():
 def sdxl():
     """Stable Diffusion XL. Numbers by their source: [F] a fork of Flow-GRPO for SDXL (config/sdxl.py of zqqqqz2000).
 
-    What is not said is sdv1.4's. Training one transition takes 4.8 GiB for the UNet in bf16, 0.1 for the LoRA and
-    AdamW, and 2.2 for activations with gradient checkpointing, 10.7 without (counted: docs/families.md).
+    What is not said is sdv1.4's. The memory that it takes is counted in docs/families.md.
     """
     config = sdv1_4().unlock()
     config.exp_name = "sdxl_b2"
@@ -275,8 +274,7 @@ def sd3_5():
     """Stable Diffusion 3.5 medium. Numbers by their source: [G] Flow-GRPO (arXiv 2505.05470; config/grpo.py of
     yifan123), [C] its variant with Flow-CPS (geneval_sd3_fast_nocfg there).
 
-    What is not said is sdv1.4's. Training one transition takes 4.2 GiB for the transformer in bf16, 0.4 for the LoRA
-    and AdamW, and 4.0 for activations, 0.8 with gradient checkpointing (counted: docs/families.md).
+    What is not said is sdv1.4's. The memory that it takes is counted in docs/families.md.
     """
     config = sdv1_4().unlock()
     config.exp_name = "sd3.5_b2"
@@ -306,8 +304,7 @@ def sd3_5():
 def flux():
     """FLUX.1-dev. Numbers by their source: [G] Flow-GRPO (config/grpo.py and scripts/train_flux.py of yifan123).
 
-    What is not said is sd3.5's. Training one transition takes 22.2 GiB for the transformer in bf16, 2.7 for the LoRA
-    and AdamW, and 0.6 for activations with gradient checkpointing, 6.4 without (counted: docs/families.md).
+    What is not said is sd3.5's. The memory that it takes is counted in docs/families.md.
     """
     config = sd3_5().unlock()
     config.exp_name = "flux_b2"

@@ -1,6 +1,8 @@
 """The benchmark: its jobs and configurations, a small run of it that goes on, and its report's arithmetic."""
 
+import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -42,6 +44,31 @@ def test_every_job_can_be_configured(tmp_path, design):
     assert design.grid.keys() <= design.arms.keys()
     same = benchmark.Job(*first[0][:2], design.search_seeds[0])
     assert "search" not in benchmark.configure(same, tmp_path, design).prompts.test
+
+
+def test_the_protocols_numbers():
+    """They were written down before the runs: what changes here changes the protocol."""
+    assert (SPARSE.seeds, SPARSE.budget, SPARSE.every) == (tuple(range(501, 511)), 1440, 240)
+    assert SPARSE.less == {"b2_lean": 720, "ddpo_lean": 720}
+    assert SPARSE.shared == {"train.log_prob": "sum", "train.clip_range": 0.2, "train.learning_rate": 8e-3}
+    assert SPARSE.arms["ddpo_bs"]["schedule.right"] == 17
+    assert {name: task.success for name, task in SPARSE.tasks.items()} == {
+        "attribute": "right", "dark": "right_dark", "plain": "right_plain", "left": "right_left"
+    }  # fmt: skip
+    assert (ladder.DARK, ladder.PLAIN, ladder.LEFT) == (0.4, 0.022, 13.5)
+    assert (DESIGNS["dfusion"].seeds, DESIGNS["dfusion"].budget) == (tuple(range(401, 411)), 720)
+    searched = {arm for arm in SPARSE.arms if len(SPARSE.grid[arm]) > 1}
+    assert searched == SPARSE.arms.keys()
+
+
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
+def test_the_published_table_is_that_of_the_published_rows(design):
+    folder = pathlib.Path(design.folder) / "results"
+    if not (folder / "results.csv").exists():
+        pytest.skip("no run has ended yet")
+    rows = [{"settings": "", **row} for row in results.read(folder / "results.csv", benchmark.TEXTS, benchmark.COUNTS)]
+    said = benchmark_report.text(rows, json.loads((folder / "base.json").read_text()), design)
+    assert said == (folder / "table.md").read_text(encoding="utf-8")
 
 
 def configure(*settings):
@@ -183,10 +210,10 @@ def test_the_interquartile_mean_is_over_all_tasks_and_drawn_within_each():
     middle, low, high = stratified(strata)
     assert middle == iqm(strata[0] + strata[1]) == pytest.approx((0.3 + 0.2 + 0.7 + 0.8 + 0.85) / 5)
     drawn = []  # by hand: as many of each task, whatever the tasks' levels
-    for _ in range(3000):
+    for _ in range(20_000):
         ordered = sorted(value for own in strata for value in rng.choice(own, len(own)))
         drawn.append(np.mean(ordered[1:-1]))
-    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.02)
+    assert (low, high) == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.008)
     together = np.quantile([iqm(rng.choice(strata[0] + strata[1], 7)) for _ in range(3000)], (0.025, 0.975))
     assert high - low < 0.6 * (together[1] - together[0])
     assert np.isnan(stratified([[0.5], [0.1, 0.2]])[1:]).all()
@@ -238,6 +265,18 @@ def test_ratios_are_geometric_means_of_paired_seeds_by_sparsity(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ratios.png"]
 
 
+@pytest.mark.parametrize("count", range(2, 11))
+def test_the_quantiles_are_those_of_the_p_value(count):
+    values = np.linspace(-1, 1, count)
+    for end in interval(values)[1:]:
+        assert p_value(values - end) == pytest.approx(0.05, abs=1e-4)
+    assert p_value(values - lower_bound(values)) == pytest.approx(0.1, abs=1e-4)
+    assert p_value([1, 1]) == 0
+    assert p_value([0, 0]) == 1
+    many = np.linspace(-1, 1, 14)
+    assert -0.33 < lower_bound(many) < -0.26
+
+
 def test_the_lower_bound_is_students():
     rng = np.random.default_rng(0)
     for count in (2, 5, 10):
@@ -264,7 +303,7 @@ def test_the_reports_other_columns():
     assert lines[2] == "| dark | base model | | | | 0.200 | | | 0.300 | 0.400 | |"
     area, end, train, diversity = (f"{value:.3f} [{value:.3f}, {value:.3f}]" for value in (0.35, 0.5, 0.7, 0.1))
     never = "- (0 of 2)"
-    assert lines[3] == f"| dark | b2_lean |  | 2 | {area} | {end} | {never} | {never} | {train} | {diversity} | 1.00 |"
+    assert lines[4] == f"| dark | b2_lean |  | 2 | {area} | {end} | {never} | {never} | {train} | {diversity} | 1.00 |"
     failed = [{**row, "failed": "x", "forwards": 0, "diversity_train": 0.4} for row in rows if row["arm"] == "b2_lean"]
     again = benchmark_report.runs_of([*rows[2:], failed[0], rows[1]])
     (line,) = benchmark_report.primary(again, SPARSE._replace(tasks=base, rivals=("b2",)))[2:]
@@ -336,6 +375,17 @@ def test_every_stages_own_checkpoint_is_measured(tmp_path, monkeypatch):
     job = benchmark.Job("attribute", "b2", 7)
     benchmark.run(job, tmp_path, design)
     folder = tmp_path / "runs" / benchmark.configure(job, tmp_path, design).exp_name
+    for stage in (0, 1):
+        (folder / f"stage{stage}/evaluation.json").unlink()
+    averaged = design._replace(arms={"b2": {**design.arms["b2"], "train.ema_decay": 0.5}})
+    benchmark.run(job, tmp_path, averaged)
+    assert {path.name for path in seen[2:]} == {"ema"}
+    del seen[2:]
+    for stage in (0, 1):
+        (folder / f"stage{stage}/evaluation.json").unlink()
+    benchmark.run(job, tmp_path, design._replace(every=12))
+    assert len(seen) == 3  # after 12 queries, and not after 6
+    del seen[2:]
     assert [str(path.relative_to(folder)) for path in seen] == [f"stage{n}/checkpoints/checkpoint_1" for n in (0, 1)]
 
 
@@ -350,7 +400,17 @@ def test_success_is_of_each_picture_and_its_own_prompt(monkeypatch):
         return np.array([float(one == other) for one, other in zip(meant, asked, strict=True)])
 
     drawn = [Image.new("RGB", (32, 32), (n,) * 3) for n, _ in enumerate(prompts) for _ in range(3)]
+    for number, image in enumerate(drawn):
+        image.paste((255,) * 3, (8, 8, 9 + number // 3, 24))
     monkeypatch.setattr(before_after, "generate", lambda *_: {"train": drawn, "test": drawn})
     monkeypatch.setattr(benchmark_measures, "user_function", lambda name: right)
     found = benchmark_measures.measure(config, None, Models(config), "dark")
     assert found["success_train"] == found["success_test"] == 1
+    assert found["entropy_train"] == 0  # nothing of the world is in these pictures
+    assert found["diversity_train"] == pytest.approx(0, abs=1e-6)  # and a prompt's are the same
+    sizes = Models(config)._reward.score(drawn, [""] * len(drawn))[0]
+    assert len(set(sizes)) > 1
+    assert found["reward_test"] == pytest.approx(sizes.mean())
+    others = drawn[1:] + drawn[:1]  # of every three the last is of another prompt
+    monkeypatch.setattr(before_after, "generate", lambda *_: {"train": others, "test": others})
+    assert benchmark_measures.measure(config, None, Models(config), "dark")["diversity_train"] > 1e-4

@@ -87,6 +87,9 @@ HOURS, GPU, DOWNLOAD = "takes hours; small in test_study.py and test_benchmark.p
 ELSEWHERE = {
     f"PRESET=sdv1.4 {RUN}": GPU,
     f"PRESET=sdv1.4 {RUN} --config.pretrained.model=/models/sd14": GPU,
+    f"PRESET=sdv1.4 {RUN} --config.prompts.train=mine.json --config.prompts.test=mine_test.json "
+    "--config.reward.name=mine:score --config.schedule.stage_count=20 --config.sample.groups=64 "
+    "--config.exp_name=mine": GPU,
     f'LAUNCH="accelerate launch --config_file config/accelerate/one_machine.yaml" {RUN}': GPU,
     f'LAUNCH="accelerate launch --config_file config/accelerate/one_machine.yaml" PRESET=flux {RUN} '
     "--config.sharded=True": GPU,

@@ -131,6 +131,29 @@ def test_bad_settings(argument):
     assert "\n" not in str(caught.value)
 
 
+PAIRS = {
+    ("select.history=0", "sample.prompt_weights=variance"): "config.select.history=0: must be at least 1",
+    ("schedule.plateau=2", "sample.prompt_weights=variance"): "config.schedule.plateau=2: must be 0",
+    ("sample.branches=1", "select.credit=group"): "config.sample.branches=1: must be at least 2",
+    ("sample.branches=1", "train.algorithm=dpo"): "config.sample.branches=1: must be at least 2",
+    ("schedule.untrained=17", "method=ddpo_bs", "schedule.right=17"): "must be below config.schedule.right=17",
+    ("save_path=~/runs",): "config.save_path='~/runs': must be a path; write $HOME for ~",
+}
+
+
+@pytest.mark.parametrize("settings", PAIRS)
+def test_settings_that_do_not_go_together(settings):
+    with pytest.raises(UserError) as caught:
+        parse([*PRESET, *(f"--config.{setting}" for setting in settings)])
+    assert PAIRS[settings] in str(caught.value)
+
+
+def test_a_constant_interval_has_no_left():
+    for settings in (("method=ddpo",), ("schedule.kind=constant",)):
+        config = parse([*PRESET, "--config.schedule.right=10", *(f"--config.{setting}" for setting in settings)])[0]
+        assert stage_interval(config) == (10, 20)
+
+
 def test_summed_log_probabilities_need_full_precision():
     assert parse(PRESET)[0].train.log_prob == "sum"
     with pytest.raises(UserError, match=r"config\.train\.log_prob='sum'"):

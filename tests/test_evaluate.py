@@ -38,7 +38,6 @@ def test_diversity_is_the_mean_cosine_distance_of_pairs_within_a_prompt():
     pairs = [1 - a @ b for prompt in features for a, b in itertools.combinations(prompt, 2)]
     assert feature_distance(features) == pytest.approx(np.mean(pairs))
     assert feature_distance(np.repeat(features[:, :1], 3, axis=1)) == pytest.approx(0, abs=1e-12)
-    assert feature_distance(features[:, :1]) == 0.0
 
 
 def test_interval_covers_the_mean_at_the_nominal_rate():
@@ -97,7 +96,7 @@ def test_lpips_is_the_mean_over_the_pairs_of_a_prompt(monkeypatch):
         expected = np.mean([alone(tensor(images[i]), tensor(images[j])).item() for i, j in pairs])
     assert found == pytest.approx(expected, rel=1e-4)
     assert found > 0.01
-    assert measured(images, 1)["lpips"] == 0
+    assert "lpips" not in measured(images, 1)
 
 
 def test_inception_score_is_the_exponential_of_the_mean_divergence():

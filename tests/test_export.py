@@ -204,6 +204,13 @@ def test_sdxl_layers_by_stabilitys_names():
     ]  # fmt: skip
 
 
+def test_a_layer_of_sdxl_that_has_no_name_there_is_refused():
+    names = ("unet.down_blocks.1.resnets.0.time_emb_proj", "unet.down_blocks.1.attentions.0.proj_in")
+    lora = {f"{name}.{side}.weight": torch.zeros(2, 2) for name in names for side in ("lora_A", "lora_B")}
+    with pytest.raises(UserError, match="down_blocks_1_resnets_0_time_emb_proj: kohya's form of an SDXL's"):
+        kohya.convert(lora, "UNet2DConditionModel")
+
+
 def test_diffusers_form_is_the_checkpoints_own(checkpoints, tmp_path):
     _, checkpoint = checkpoints["flux"]
     run(checkpoint, tmp_path / "l.safetensors", "diffusers")
@@ -233,6 +240,12 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path):
         run(_copied(checkpoints["sd"][1], tmp_path / "lone"), tmp_path / "new/l.safetensors", card=True)
 
 
+def _no_network(*_, **__):
+    import httpx
+
+    raise httpx.ConnectError("no network")
+
+
 def test_card(checkpoints, tmp_path, monkeypatch):
     """Front matter as the hub reads it, the run's settings, its results, how to load; pushed file by file."""
     _, checkpoint = checkpoints["sd"]
@@ -246,6 +259,8 @@ def test_card(checkpoints, tmp_path, monkeypatch):
     (folder / "eval.json").write_text(json.dumps({"settings": settings, "results": results}))
     for name in ("before_after.png", "curves.png"):
         (folder / name).write_bytes(b"png")
+    with pytest.raises(UserError, match="--card needs a run's"):  # what the stage began with is of the stage before
+        run(_copied(checkpoint, checkpoint.with_name("checkpoint_0")), tmp_path / "0/l.safetensors", card=True)
     lines = [{"stage": stage, "step": "select", "reward/queries": 1300 * (stage + 1)} for stage in range(6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     sent = []
@@ -272,6 +287,16 @@ def test_card(checkpoints, tmp_path, monkeypatch):
     assert 'load_lora_weights("me/mine", weight_name="l.safetensors")' in code
     assert "eta=1.0" in code
     assert pathlib.Path(tmp_path / "card/before_after.png").read_bytes() == b"png"
+    settings_now = (folder / "config.json").read_text()
+    fewer = {name: value for name, value in json.loads(settings_now).items() if name != "sample.resolution"}
+    (folder / "config.json").write_text(json.dumps(fewer))  # of an earlier version
+    run(checkpoint, folder / "mine.safetensors", "diffusers", card=True)  # beside the run's own pictures
+    assert (folder / "README.md").read_text().replace("mine.s", "l.s").replace('"."', '"me/mine"') == text
+    (folder / "config.json").write_text(settings_now)
+    sent.clear()
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", _no_network)
+    with pytest.raises(UserError, match=r"--push me/mine: no network; .*l\.safetensors is written"):
+        run(checkpoint, tmp_path / "card/l.safetensors", "diffusers", push="me/mine")
     average = _copied(checkpoint, checkpoint / "ema")  # the same numbers, so the results are its own too
     run(average, tmp_path / "ema/l.safetensors", "diffusers", card=True)
     assert "0.750 [0.000, 1.000]" in (tmp_path / "ema/README.md").read_text()

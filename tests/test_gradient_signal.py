@@ -7,6 +7,7 @@ import torch
 from test_run import configure
 from test_update import BRANCHES, LENGTH, away_from_the_sampler, gradient, learner_of, sampled, seeded, settings
 
+from b2diffurl import gradient_signal
 from b2diffurl.errors import UserError
 from b2diffurl.families import lora
 from b2diffurl.gradient_signal import gradients, main, summary
@@ -41,11 +42,23 @@ def test_the_summary_in_numbers():
         assert table["all_steps"][kind] == pytest.approx(wanted)
 
 
-def test_the_command_on_a_stage(tmp_path):
+def test_the_command_on_a_stage(tmp_path, monkeypatch):
     more = ["--config.select.credit=all", "--config.stage=0"]
     for step in (sample, select):
         step.main(configure(tmp_path, *more))
+    groups = {}
+
+    def spied(policy, parameters, experience, half, train):
+        latents = experience.rollout.states[experience.rollout.before[experience.row]]
+        first = experience.rollout.step[experience.row] == 2  # where a group's images are the same state
+        for latent, own in zip(latents[first], half[first].tolist(), strict=True):
+            groups.setdefault(latent.numpy().tobytes(), set()).add(own)
+        return gradients(policy, parameters, experience, half, train)
+
+    monkeypatch.setattr(gradient_signal, "gradients", spied)
     main(configure(tmp_path, *more), tmp_path / "out")
+    assert [len(own) for own in groups.values()] == [1] * len(groups)
+    assert set.union(*groups.values()) == {0, 1}
     table = json.loads((tmp_path / "out/gradient_signal.json").read_text())
     assert [row["step"] for row in table["steps"]] == [2, 3, 4]
     assert table["all_steps"].keys() == {"one", "inverse_gain"}

@@ -42,6 +42,15 @@ def test_clip_stops_only_steps_away_from_the_old_policy(log_ratio, advantage, mo
     assert bool(log_prob.grad.abs() > 0) is moves
 
 
+def test_a_ratio_beyond_float32_is_clipped_like_any_other():
+    log_prob = torch.tensor([100.0, 79.0], requires_grad=True)
+    loss, _ = ddpo_is(log_prob, torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2)
+    loss.sum().backward()
+    assert loss[0].item() == pytest.approx(-1.2)
+    assert log_prob.grad[0] == 0
+    assert log_prob.grad[1] == pytest.approx(np.exp(79), rel=1e-4)
+
+
 def test_ddpo_sf_in_float64():
     rng = np.random.default_rng(1)
     new, old, advantage = rng.normal(-1, 0.2, 100), rng.normal(-1, 0.2, 100), rng.normal(size=100)

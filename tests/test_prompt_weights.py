@@ -13,6 +13,10 @@ from b2diffurl.stages import loop
 from b2diffurl.stages.sample import image_rows
 
 
+def test_a_tenth_of_the_draws_is_uniform():
+    assert by_variance(["a", "b"], [{"a": [1, 1], "b": [0, 1]}]) == pytest.approx([0.05, 0.95])
+
+
 def test_they_are_those_of_a_loop_over_the_definition():
     rng = np.random.default_rng(0)
     prompts = ["never", "once", "often", "solved"]

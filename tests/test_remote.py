@@ -121,6 +121,22 @@ def test_a_server_that_is_not_there_or_silent_is_one_line(server, monkeypatch):
         assert len(asked) == 2 < len(remote.WAITS) + 1
 
 
+def test_no_proxy_leads_to_this_machine_and_a_torn_error_is_an_error(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert remote.Remote(server, 8, 5)(grey(51), ["p"], [{}]) == pytest.approx([0.2])
+    with pytest.raises(UserError, match=r"refused"):
+        remote.Remote("http://judge.example/score", 8, 5)(grey(51), ["p"], [{}])
+
+    def torn(*_):
+        raise ConnectionResetError
+
+    Judge.answers = [(400, b"x")]
+    monkeypatch.setattr("urllib.error.HTTPError.read", torn, raising=False)
+    with pytest.raises(UserError, match=r"\(HTTP 400\)"):
+        remote.Remote(server, 8, 5)(grey(51), ["p"], [{}])
+
+
 def test_no_picture_is_asked_about_twice(server, tmp_path):
     """In a folder of answers: not by the same process, nor by the next one, nor after a torn line."""
     Judge.answers = [(200, b'{"scores": [0.25, NaN]}'), (400, b"broken")]
@@ -181,6 +197,7 @@ def test_a_server_judges_while_others_are_sampled(server, tmp_path, monkeypatch)
     assert len(Answers(stage / "answers")) == 9
     select.main(config, loaded=loaded)
     assert len(Judge.seen) == 9
+    assert "perf/images_per_s" not in (tmp_path / "runs/t/metrics.jsonl").read_text().splitlines()[-1]
     rewards = [row["reward"] for row in json.loads((stage / COMPLETE["select"]).read_text())["scores"]]
     pictures = [Image.open(path).convert("RGB") for path in sorted((stage / "images").iterdir())]
     assert rewards == pytest.approx(score(pictures, None, None))
@@ -224,7 +241,7 @@ def test_a_server_that_fails_meanwhile_is_asked_again_for_the_rest(server, tmp_p
 @pytest.mark.usefixtures("elsewhere")
 def test_what_is_sampled_is_safe_while_a_server_still_judges(server, tmp_path, monkeypatch):
     """The server's first answer comes only when samples.json is there."""
-    stage, score = tmp_path / "runs/t/stage0", reference.score
+    stage, score, write = tmp_path / "runs/t/stage0", reference.score, sample.storage.write_json
 
     def late(*given):
         for _ in range(2000):
@@ -234,9 +251,11 @@ def test_what_is_sampled_is_safe_while_a_server_still_judges(server, tmp_path, m
         raise TimeoutError
 
     monkeypatch.setattr(reference, "score", late)
+    monkeypatch.setattr(sample.storage, "write_json", lambda *given: (write(*given), time.sleep(1)))
     sample.main(small_stage(tmp_path / "runs", server))
     assert len(Answers(stage / "answers")) == 9
-    assert json.loads((tmp_path / "runs/t/metrics.jsonl").read_text())["perf/images_per_s"] > 0
+    (line,) = map(json.loads, (tmp_path / "runs/t/metrics.jsonl").read_text().splitlines())
+    assert line["time_s"] > 9 / line["perf/images_per_s"] + line["perf/startup_s"] + 0.9  # with the wait
 
 
 def test_requests_are_as_large_as_what_waits_and_what_waits_is_dropped_with_the_block(server, tmp_path, monkeypatch):

@@ -192,6 +192,20 @@ def test_several_runs_on_one_page(several, tmp_path):
     assert len([name for name in images if name.startswith("pictures of")]) == 2
 
 
+def test_seeds_without_an_evaluation_are_not_counted(several, tmp_path):
+    shutil.copytree(several[0], tmp_path / "fourth")
+    settings = json.loads((tmp_path / "fourth/config.json").read_text())
+    (tmp_path / "fourth/config.json").write_text(json.dumps(settings | {"seed": 8}))
+    (tmp_path / "fourth/eval.json").unlink()
+    (row,) = compare.ends([compare._run(path) for path in (*several[:2], tmp_path / "fourth")])["rows"]
+    assert row[0].endswith("(seeds 300, 7, 8); 2 of 3 evaluated")
+    assert dict(page.status(tmp_path / "fourth", read(tmp_path / "fourth/metrics.jsonl")))["state"].startswith("last")
+    settings |= {"schedule.stage_count": 1}
+    (tmp_path / "fourth/config.json").write_text(json.dumps(settings))
+    state = dict(page.status(tmp_path / "fourth", read(tmp_path / "fourth/metrics.jsonl")))["state"]
+    assert state == "trained, and not evaluated"
+
+
 def test_settings_that_differ_are_named_once():
     assert compare.differences([{"a": 1, "b": [1], "exp_name": "x"}, {"a": 1, "b": [2], "exp_name": "y", "c": 0}]) == [
         ("b", [[1], [2]]), ("c", ["-", 0])

@@ -480,7 +480,7 @@ def test_diversity_compares_images_of_one_prompt_and_different_groups():
     pairs = [1 - vectors[i] @ vectors[j] for i in range(6) for j in range(i) if own[i] == own[j]]
     found = select.between_groups(vectors.numpy(), own)
     assert found == pytest.approx(torch.stack(pairs).mean().item())
-    assert select.between_groups(vectors[:1].numpy(), ["c"]) == 0
+    assert select.between_groups(vectors[:2].numpy(), ["c", "d"]) is None
 
 
 def test_parts_of_a_mix_are_logged_by_themselves(tmp_path):

@@ -353,6 +353,20 @@ def test_the_driver_says_how_it_is_used_and_that_it_counts_the_stages(tmp_path):
         assert said in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("spelling", ["machine_rank 1", "machine-rank=1", "node_rank=1", "node-rank 1"])
+def test_the_first_of_several_machines_reports(tmp_path, spelling):
+    for launch, reports in ((f"{tmp_path}/python --{spelling}", 0), (f"{tmp_path}/python", 1)):
+        said = driven(tmp_path, f"1 sample,select,train 0 {tmp_path}/run", LAUNCH=launch, CUDA_VISIBLE_DEVICES="")
+        assert len([line for line in said if "-m b2diffurl.run.lock" in line]) == reports
+
+
+def test_a_slow_list_of_gpus_is_a_list_of_gpus(tmp_path):
+    """A reader that left at the first line would end nvidia-smi, and pipefail the branch."""
+    script(tmp_path / "nvidia-smi", "for i in 0 1 2; do echo GPU $i; sleep 0.05; done")
+    said = driven(tmp_path, f"1 one 0 {tmp_path}/run", PRESET="")
+    assert said[0].startswith("preset sdv1.4: CUDA is present")
+
+
 @pytest.mark.parametrize(("visible", "processes"), [(None, 3), ("0,2", 2), ("1", None)])
 def test_the_driver_uses_every_visible_gpu_and_a_free_port(tmp_path, visible, processes):
     """Three GPUs that are not there, and a Python that says what it is asked to run."""

@@ -323,3 +323,10 @@ def test_labels_of_an_axis_tell_what_differs():
     assert curves.axis_labels(["kind constant", "kind growing"]) == (["constant", "growing"], "kind")
     brakes = ["learning_rate 4e-3", "learning_rate 4e-3, lr_schedule linear", "learning_rate 4e-3, target_kl 10"]
     assert curves.axis_labels(brakes) == (["learning_rate 4e-3", "lr_schedule linear", "target_kl 10"], "")
+
+
+@pytest.mark.parametrize("part", ["full", "search", "why/full", "again/full", "brakes/full"])
+def test_the_published_table_is_that_of_the_published_rows(part):
+    folder = pathlib.Path("docs/study") / part
+    made = report.table(results.read(folder / "results.csv"), json.loads((folder / "base.json").read_text()))
+    assert made == (folder / "table.md").read_text(encoding="utf-8")

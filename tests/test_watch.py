@@ -63,6 +63,13 @@ def test_a_run_ends_at_a_plateau_and_evaluates_what_it_has(tmp_path, monkeypatch
     assert evaluated[2:] == [tmp_path / "t/stage5/checkpoints/checkpoint_1"] * 2
 
 
+@pytest.mark.parametrize(("rise", "told"), [(2.03, ["o"]), (1.97, [])])
+def test_clear_is_two_standard_errors(rise, told):
+    before = np.array([0.0, 1.0, 2.0, 3.0])
+    error = np.sqrt(2 * before.var(ddof=1) / 4)
+    assert parted([*before, *(before + rise * error)], {"o": LEVEL}) == told
+
+
 def test_chance_alone_seldom_warns():
     rng = np.random.default_rng(0)
     told = [
@@ -93,6 +100,10 @@ def test_a_run_says_so(caplog):
     _warn(config, again, logging.getLogger("test"))
     assert "reward/mean has risen over the last 8 stages and reward/aesthetic has not" in caplog.text
     assert caplog.text.count("has not") == 1  # what should fall may, and what is full cannot rise
+    caplog.clear()
+    falling = [{**line, "oracle/alignment": 0.97 - 0.05 * line["stage"]} for line in records]
+    _warn(config, falling, logging.getLogger("test"))
+    assert "and oracle/alignment has not" in caplog.text
     caplog.clear()
     config.stage = 6  # as far as then
     _warn(config, records, logging.getLogger("test"))

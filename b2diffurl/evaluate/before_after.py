@@ -29,6 +29,10 @@ from .measures import Quality, feature_distance
 RESAMPLES = 10_000
 MEND = "delete it, and evaluate again"  # where an eval.json is broken
 MATTERS = ("pretrained", "sample", "reward", "evaluate")  # the settings that an evaluation depends on
+NO_MATTER = (
+    ("sample", "batch_size"), ("sample", "groups"), ("sample", "branches"), ("sample", "prompt_weights"),
+    ("sample", "prefix"), ("reward", "batch_size"), ("reward", "timeout"),
+)  # fmt: skip
 
 
 def main(config, checkpoint, out, prompts="", loaded=None):
@@ -44,14 +48,14 @@ def main(config, checkpoint, out, prompts="", loaded=None):
     if prompts:
         config.prompts.train = config.prompts.test = prompts
         paths = {pathlib.Path(prompts).stem: prompts}
-    lists = {name: read_prompts(path) for name, path in paths.items()}
+    lists = {name: list(dict.fromkeys(read_prompts(path))) for name, path in paths.items()}  # the same noise
     settings = _settings(config, checkpoint, lists)
     metadata = {name: more for name, path in paths.items() if (more := read_metadata(path))}
     settings |= {"metadata": metadata} if metadata else {}
-    log = start_log(Run(config))
+    say = _sayer(config, out)
     stored = storage.read_json(out / "eval.json", mend=MEND) if (out / "eval.json").exists() else {}
     if processes.first(stored.get("settings") == settings and (out / "before_after.png").exists()):
-        log.info(table(stored["results"]))
+        say(table(stored["results"]))
         return
     out.mkdir(parents=True, exist_ok=True)
     loaded, count = loaded or Models(config), config.evaluate.images_per_prompt
@@ -82,16 +86,23 @@ def main(config, checkpoint, out, prompts="", loaded=None):
         os.replace(out / "before_after.tmp.png", out / "before_after.png")
         storage.write_json(out / "eval.json", {"settings": settings, "results": results})
         forget(out)
-        log.info(table(results))
+        say(table(results))
     processes.barrier()
 
 
+def _sayer(config, out):
+    """What prints the table, once: into the log too where `out` is the run's folder."""
+    if out.resolve() == Run(config).folder.resolve():
+        return start_log(Run(config)).info
+    return print if processes.rank() == 0 else lambda text: None
+
+
 def _settings(config, checkpoint, lists):
-    """Everything that decides the results; batch sizes do not."""
+    """Everything that decides the results; how many images a stage has, and batch sizes, do not."""
     weights = pathlib.Path(checkpoint, "pytorch_lora_weights.safetensors").read_bytes()
     chosen = {name: config[name].to_dict() for name in MATTERS}
-    for name in ("sample", "reward"):
-        del chosen[name]["batch_size"]
+    for own, name in NO_MATTER:
+        del chosen[own][name]
     return {
         "checkpoint": str(checkpoint), "sha256": hashlib.sha256(weights).hexdigest(), "lists": lists,
         "mixed_precision": config.mixed_precision, "allow_tf32": config.allow_tf32, **chosen,
@@ -142,19 +153,22 @@ def measure(config, reward, clip, prompts, images):
     values = {"images": len(images), "images_sha256": hashlib.sha256(b"".join(i.tobytes() for i in images)).hexdigest()}
     values |= _with_interval("reward", total.reshape(-1, count))
     if set(terms) != {"clip"}:
-        values |= {name: term.mean() for name, term in {"clip": clip(images, repeated).numpy(), **terms}.items()}
+        terms = terms if "clip" in terms else {"clip": clip(images, repeated).numpy(), **terms}
+        values |= {name: term.mean() for name, term in terms.items()}
     right = verdicts(images, repeated) if config.evaluate.oracle else None
     if right is not None:
         right = right.reshape(-1, count)
         values |= _with_interval("oracle", right)
         values["oracle_by_prompt"] = dict(zip(prompts, right.mean(1).tolist(), strict=True))
-    features = clip.features(images).cpu().numpy()
-    values["diversity"] = feature_distance(features.reshape(len(prompts), count, -1))
+    if count > 1:
+        features = clip.features(images).cpu().numpy()
+        values["diversity"] = feature_distance(features.reshape(len(prompts), count, -1))
     return {name: float(v) if isinstance(v, np.floating) else v for name, v in values.items()}
 
 
 def _with_interval(name, per_image):
-    return {name: per_image.mean(), f"{name}_interval": bootstrap_interval(per_image.mean(1))}
+    found = {name: per_image.mean()}
+    return found | {f"{name}_interval": bootstrap_interval(per_image.mean(1))} if len(per_image) > 1 else found
 
 
 def bootstrap_interval(per_prompt):

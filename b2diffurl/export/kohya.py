@@ -63,4 +63,6 @@ def _sgm(layer, counted):
     for pattern, name, offset in ((DOWN, "input_blocks", 1), (UP, "output_blocks", 0)):
         if match := re.match(pattern, layer):
             return f"{name}_{counted * int(match[1]) + int(match[2]) + offset}_1_{layer[match.end() :]}"
+    if not layer.startswith("mid_block_attentions_0_"):
+        raise UserError(f"{layer}: kohya's form of an SDXL's LoRA has no name for it; --format diffusers")
     return layer.replace("mid_block_attentions_0_", "middle_block_1_")

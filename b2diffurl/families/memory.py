@@ -1,7 +1,5 @@
 """How much memory a model needs to be trained, counted on the meta device: before it is loaded, and without a GPU."""
 
-import functools
-
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -68,8 +66,8 @@ def count(family, config):
     weights = [*denoiser.requires_grad_(False).parameters()]
     kept = own_part(denoiser, processes.size() if config.sharded else 1)
     trained = lora.add(denoiser, family.trained_layers, config.train.lora_rank, seed=0).values()
-    if config.train.gradient_checkpointing:  # reentrant: what is computed again passes through our hooks too
-        denoiser.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=True))
+    if config.train.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing(_recomputed)
     saved = Saved({own.untyped_storage()._cdata for own in (*weights, *trained)})
     cond = {name: torch.zeros(1, *shape, device="meta") for name, shape in family.text_shapes().items()}
     latents = torch.zeros(1, *family.latent_shape, device="meta", requires_grad=True)
@@ -81,6 +79,16 @@ def count(family, config):
         "lora": 4 * 4 * sum(own.numel() for own in trained),
         "activations": saved.peak,
     }
+
+
+def _recomputed(block, *inputs):
+    """A block's outputs; in the backward pass it is computed again, through our hooks (reentrant) and our attention."""
+
+    def compute(*own):
+        with FlashAttention():
+            return block(*own)
+
+    return checkpoint(compute, *inputs, use_reentrant=True)
 
 
 def own_part(denoiser, parts):
@@ -101,9 +109,12 @@ def require(family, config, available):
     sizes["activations"] *= batch
     if sum(sizes.values()) > available:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())
+        shared = "several GPUs with config.sharded=True"
+        if config.sharded:
+            shared = f"more processes than {processes.size()} with config.sharded=True"
         raise UserError(
             f"config.train.batch_size={batch}: training {config.pretrained.model} takes "
             f"{sum(sizes.values()) / 2**30:.1f} GiB ({parts}), this GPU has {available / 2**30:.1f}; a smaller one, "
-            "config.train.gradient_checkpointing=True, a smaller config.sample.resolution, or several GPUs with "
-            "config.sharded=True take less"
+            "config.train.gradient_checkpointing=True, a smaller config.sample.resolution, or "
+            f"{shared} take less"
         )

@@ -6,6 +6,7 @@ import pathlib
 
 from ..errors import UserError
 from ..run import metrics
+from ..run.folder import ADDED
 from ..seeds import interval
 from .embedded import data_uri
 from .page import environment, line_chart, read, status
@@ -42,10 +43,11 @@ def _run(folder):
     records = metrics.read(folder / "metrics.jsonl")
     if not records:
         raise UserError(f"{folder}: no run there (no metrics.jsonl, or an empty one)")
+    settings = read(folder / "config.json")
     return {
         "name": folder.name,
         "records": records,
-        "settings": read(folder / "config.json") or {},
+        "settings": ADDED | settings if settings else {},
         "status": status(folder, records),
         "results": (read(folder / "eval.json") or {"results": []})["results"],
         "picture": folder / "before_after.png",
@@ -99,6 +101,8 @@ def ends(runs):
     rows = []
     for same in found.values():
         seeds = f" (seeds {', '.join(str(run['settings'].get('seed', '-')) for run in same)})" if len(same) > 1 else ""
+        ended = sum(bool(run["results"]) for run in same)
+        seeds += f"; {ended} of {len(same)} evaluated" if ended < len(same) > 1 else ""
         rows.append([", ".join(run["name"] for run in same) + seeds, *(_end(same, *column) for column in columns)])
     return {"titles": ["run", *(f"{figure}, {own}" for own, figure in columns)], "rows": rows}
 

@@ -68,7 +68,7 @@ def main(folder, out=None):
             stages=[sheet(folder / f"stage{stage}", stage) for stage in shown_stages(folder)],
             fused=[own for stage in shown_stages(folder) if (own := strip(folder / f"stage{stage}", stage))],
             evaluation=evaluation(folder),
-            branching=METHODS[settings["method"]].branches if settings else True,
+            method=METHODS[settings["method"] if settings else "b2"],
             settings=settings,
             versions=read(folder / "versions.json"),
         )
@@ -100,8 +100,11 @@ def status(folder, records):
     evaluated = (read(folder / "eval.json") or {}).get("settings", {}).get("checkpoint", "")
     plateau = settings.get("schedule.plateau") and f"stage{stage}" in pathlib.Path(evaluated).parts
     over = step == len(STEPS) - 1 and (planned == stage + 1 or plateau)
+    state = f"last finished: {STEPS[step]} of stage {stage}"
+    if over:
+        state = "complete" if evaluated else "trained, and not evaluated"
     return [
-        ("state", "complete" if over else f"last finished: {STEPS[step]} of stage {stage}"),
+        ("state", state),
         ("stages", f"{stage + 1}" + (f" of {planned}" if planned else "")),
         ("reward queries", f"{max(queries, default=0):,}"),
         ("UNet evaluations", f"{sum(r.get('perf/unet_evals', 0) for r in records):,}"),

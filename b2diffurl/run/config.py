@@ -74,6 +74,7 @@ def check(config):
     for field, words in CHOICES.items():
         value = _get(config, field)
         _require(value in words, field, value, f"must be one of {', '.join(word or repr(word) for word in words)}")
+    _require(not config.save_path.startswith("~"), "save_path", config.save_path, "must be a path; write $HOME for ~")
     _check_numbers(config)
     _check_algorithm(config)
     _check_reward(config.reward)
@@ -122,6 +123,14 @@ def _check_algorithm(config):
              f"goes with config.train.algorithm={others} alone")  # fmt: skip
     _require(not algorithm.preference or config.select.credit in PAIRING, "select.credit", config.select.credit,
              f"must be contrast or ranked: config.train.algorithm={name} compares two images")  # fmt: skip
+    weights, plateau = config.sample.prompt_weights, config.schedule.plateau
+    _require(weights != "variance" or config.select.history, "select.history", config.select.history,
+             "must be at least 1 for config.sample.prompt_weights=variance, which looks at earlier stages")  # fmt: skip
+    _require(weights != "variance" or not plateau, "schedule.plateau", plateau,
+             "must be 0 for config.sample.prompt_weights=variance, where hard prompts pull the mean down")  # fmt: skip
+    compares = algorithm.preference or config.select.credit == "group"
+    _require(not compares or config.sample.branches >= 2, "sample.branches", config.sample.branches,
+             "must be at least 2: the images of a group are compared")  # fmt: skip
     _require(config.select.credit != "ranked" or config.sample.branches >= 4, "sample.branches",
              config.sample.branches, "must be at least 4 for config.select.credit=ranked")  # fmt: skip
 
@@ -179,12 +188,14 @@ def _check_reward(reward):
 
 def _check_schedule(config):
     schedule, steps = config.schedule, config.sample.num_steps
-    _require(schedule.left <= schedule.right, "schedule.left", schedule.left,
+    grows = METHODS[config.method].progressive and schedule.kind == "growing"
+    _require(not grows or schedule.left <= schedule.right, "schedule.left", schedule.left,
              f"must be at most config.schedule.right={schedule.right}")  # fmt: skip
     _require(schedule.right <= steps, "schedule.right", schedule.right,
              f"the interval cannot be longer than config.sample.num_steps={steps}")  # fmt: skip
-    _require(schedule.untrained < schedule.left, "schedule.untrained", schedule.untrained,
-             f"must be below config.schedule.left={schedule.left}, or a stage trains nothing")  # fmt: skip
+    shortest = "left" if grows else "right"
+    _require(schedule.untrained < schedule[shortest], "schedule.untrained", schedule.untrained,
+             f"must be below config.schedule.{shortest}={schedule[shortest]}, or a stage trains nothing")  # fmt: skip
     _require(0 <= config.stage < schedule.stage_count, "stage", config.stage,
              f"must be in 0..{schedule.stage_count - 1} (config.schedule.stage_count - 1)")  # fmt: skip
 

@@ -147,7 +147,11 @@ def require_shared(folder):
 PRUNED = {  # config.keep.<name> -> what goes, below a stage's folder
     "images": ["images", "fused"],
     "trajectories": ["samples.safetensors", "fused.safetensors"],
-    "optimiser": ["checkpoints/checkpoint_0", "checkpoints/checkpoint_1/optimizer.safetensors"],
+    "optimiser": [
+        "checkpoints/checkpoint_0",
+        "checkpoints/checkpoint_1/optimizer.safetensors",
+        "checkpoints/checkpoint_1/value.safetensors",
+    ],
 }
 
 

@@ -159,10 +159,8 @@ def _normalised(config, run, scores, table):
 
 def _queries(config, run, targets):
     """Reward queries of the run so far, this step's among them."""
-    lines = metrics.read(run.metrics)
-    return targets + next(
-        line["reward/queries"] for line in lines if (line["stage"], line["step"]) == (config.stage, "select")
-    )
+    earlier = sum(line.get("fuse/targets", 0) for line in metrics.read(run.metrics) if line["stage"] < config.stage)
+    return earlier + targets + (config.stage + 1) * config.sample.groups * config.sample.branches
 
 
 def _figures(table, verdict, kl):

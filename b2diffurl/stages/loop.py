@@ -46,16 +46,20 @@ def main(config):
                 print(f"stage {stage}: complete already", flush=True)
             continue
         run_stage(config, started, loaded)
+        _report(run)
         started = time.perf_counter()
-        if processes.rank() == 0:
-            try:
-                page.main(run.folder)
-            except (UserError, OSError) as error:  # training goes on without it
-                print(f"report.html was not written: {error}", flush=True)
-            started = time.perf_counter()
     before_after.main(config, evaluated(config, run.checkpoint), run.folder, loaded=loaded)
-    if processes.rank() == 0:
+    _report(run)
+
+
+def _report(run):
+    """Write report.html; the run goes on without it."""
+    if processes.rank():
+        return
+    try:
         page.main(run.folder)
+    except (UserError, OSError) as error:
+        print(f"report.html was not written: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,10 @@ def main(config):
         from .targets import word_thresholds
 
         word_thresholds(config, load_family(config), read_prompts(config.prompts.train))
+    if "clip" not in dict(reward_terms(config.reward.name)):  # the evaluation's; it too may have to be downloaded
+        from ..rewards import load_clip
+
+        load_clip(config, "cpu")
     if config.evaluate.lpips or config.evaluate.inception_score:  # may have to be downloaded
         from ..evaluate.measures import Quality
 

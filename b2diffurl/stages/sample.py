@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..guidance import take, to_device
 from ..models import Models
 from ..noise import draw_prompts, stream_seed
-from ..plan import stage_plan
+from ..plan import METHODS, stage_plan
 from ..prompt_weights import by_variance
 from ..run import metrics, processes, storage
 from ..run.folder import Run
@@ -34,6 +34,7 @@ def main(config, started=None, loaded=None):
         return
     run, log = opened
     before, loaded = run.require_previous(), loaded or Models(config)
+    loaded.require_memory()  # of the training that follows
     plan, rows = stage_plan(config), image_rows(config)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     of_group = torch.tensor([prompts.index(row["prompt"]) for row in rows[:: plan.images]])
@@ -73,10 +74,14 @@ def main(config, started=None, loaded=None):
     processes.barrier()
     if processes.rank():
         return
+    values["time_s"] = round(time.perf_counter() - started, 3)  # with the wait for a reward server
+    metrics.record(run.metrics, config, "sample", values)
     track(config, "sample", values, log)
+    interval = f"last {plan.steps - plan.start} of {plan.steps} steps "
+    interval += "branch" if METHODS[config.method].branches else "are trained on"
     log.info(
-        f"stage {config.stage} sample: {len(rows)} images, last {plan.steps - plan.start} of {plan.steps} steps "
-        f"branch, {values['perf/images_per_s']:.1f} images/s, {values['time_s']:.1f} s"
+        f"stage {config.stage} sample: {len(rows)} images, {interval}, "
+        f"{values['perf/images_per_s']:.1f} images/s, {values['time_s']:.1f} s"
         + metrics.time_left(run.metrics, config, "sample", steps(config))
     )
 

@@ -12,7 +12,7 @@ from ..plan import METHODS, stage_plan
 from ..rewards.answers import forget
 from ..rewards.history import RewardHistory
 from ..run import metrics, processes, storage
-from ..run.config import reward_terms
+from ..run.config import is_url, reward_terms
 from ..run.tracking import track
 from ..selection import select_pairs
 from ..watch import WINDOW, parted
@@ -56,7 +56,8 @@ def main(config, started=None, loaded=None):
         values |= {"select/kept": int(kept.sum()), "select/kept_best": int((normalised[kept] > 0).sum())}
         values = {name: v if isinstance(v, int) else round(float(v), 6) for name, v in values.items()}
         values["perf/startup_s"] = round(ready - started, 3)
-        values["perf/images_per_s"] = round(len(raw) / scoring, 3)
+        if not any(map(is_url, terms)):  # a server has scored while run_sample.py sampled
+            values["perf/images_per_s"] = round(len(raw) / scoring, 3)
         values["time_s"] = round(time.perf_counter() - started, 3)
         if credit:
             write_credit(run.stage / "selected.safetensors", credit)
@@ -107,7 +108,8 @@ def _score(config, run, rows, reward):
     raw, terms, right, features = score(config, reward, paths, prompts, firsts)
     values = {}
     if features and config.sample.groups > 1:
-        values["diversity/clip"] = between_groups(np.concatenate(features), [r["prompt"] for r in rows[::branches]])
+        apart = between_groups(np.concatenate(features), [row["prompt"] for row in rows[::branches]])
+        values |= {} if apart is None else {"diversity/clip": apart}
     if right is not None:
         values["oracle/alignment"] = right.mean()
     return raw, terms, values, shown
@@ -164,10 +166,14 @@ def _figures(config, rows, raw, terms):
 
 
 def between_groups(features, prompts):
-    """Mean CLIP-feature distance between images of one prompt; features (G, D) and prompts of each group's first."""
+    """Mean CLIP-feature distance between images of one prompt, None where no prompt has two.
+
+    features (G, D) and prompts are of each group's first image.
+    """
     of_prompt = [features[[p == prompt for p in prompts]][None] for prompt in dict.fromkeys(prompts)]
-    counts = [f.shape[1] * (f.shape[1] - 1) for f in of_prompt]
-    return float(np.average([feature_distance(f) for f in of_prompt], weights=counts)) if sum(counts) else 0.0
+    of_prompt = [own for own in of_prompt if own.shape[1] > 1]
+    counts = [own.shape[1] * (own.shape[1] - 1) for own in of_prompt]
+    return float(np.average([*map(feature_distance, of_prompt)], weights=counts)) if counts else None
 
 
 def within_group_std(rewards):

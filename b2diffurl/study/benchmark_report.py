@@ -14,22 +14,17 @@ AXES = {"queries": "reward queries", "forwards": "forward passes (training one t
 
 def write(out, rows, base, design):
     """Write them into the folder `out`; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
-    runs = runs_of(rows)
-    lines = [
-        *table(runs, base),
-        "",
-        *middles(runs, base),
-        "",
-        *primary(runs, design),
-        "",
-        *differences(runs, base, design),
-        "",
-    ]
-    lines += failures(rows)
-    (out / "table.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    (out / "table.md").write_text(text(rows, base, design), encoding="utf-8")
     if whole := runs_of([row for row in rows if "failed" not in row]):  # of the figures; the table has the others too
         draw(out / "curves.png", whole, base)
         benchmark_ratios.draw(out / "ratios.png", whole, base, design.reference)
+
+
+def text(rows, base, design):
+    """What table.md says."""
+    runs = runs_of(rows)
+    parts = table(runs, base), middles(runs, base), primary(runs, design), differences(runs, base, design)
+    return "\n\n".join("\n".join(lines) for lines in (*parts, failures(rows)) if lines) + "\n"
 
 
 def failures(rows):
@@ -39,9 +34,9 @@ def failures(rows):
 
 
 def runs_of(rows):
-    """{(task, arm, settings): {seed: the run's rows, by stage}}."""
+    """{(task, arm, settings): {seed: the run's rows, by stage}}, in alphabetical order."""
     runs = {}
-    for row in sorted(rows, key=lambda r: r["stage"]):
+    for row in sorted(rows, key=lambda r: [r[name] for name in ("task", "arm", "settings", "seed", "stage")]):
         runs.setdefault((row["task"], row["arm"], row["settings"]), {}).setdefault(row["seed"], []).append(row)
     return runs
 

@@ -64,8 +64,9 @@ def corrected(found):
     kept = [f"{name} (p = {p:.2g})" for (name, _), p in zip(named, p_values, strict=True) if p < 0.05]
     return [
         "",
-        f"Of these {len(named)} differences in the oracle's figures, by paired t-tests with Holm's correction for "
-        f"their number, {len(kept)} are from zero at 5 %: {'; '.join(kept) or 'none'}.",
+        f"Of these {len(named)} differences in the oracle's figures, those at equal alignment left out, by paired "
+        f"t-tests with Holm's correction for their number, {len(kept)} are from zero at 5 %: "
+        f"{'; '.join(kept) or 'none'}.",
     ]
 
 
