@@ -8,6 +8,8 @@ import sys
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
+from test_run import configure as small_run
 
 from b2diffurl.bench import densities, meter, random_weights, rates
 from b2diffurl.errors import UserError
@@ -18,7 +20,7 @@ from b2diffurl.rollout import denoise
 from b2diffurl.run import metrics
 from b2diffurl.run.command import parse
 from b2diffurl.shapes import diffusion
-from b2diffurl.stages import dry_run, sample, select, train
+from b2diffurl.stages import dry_run, loop, sample, select, train
 from b2diffurl.update import Learner, build_optimizer
 
 CPU = ["-m", "b2diffurl.bench", "--preset", "shapes", "--device", "cpu", "--quick"]
@@ -273,6 +275,24 @@ def test_a_device_that_is_not_there_is_one_line():
     assert done.stderr.splitlines() == ["bench: --device cuda: PyTorch sees no CUDA device here"]
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_dry_runs_disk_is_that_of_a_stage(tmp_path, decay):
+    config = small_run(tmp_path, f"--config.train.ema_decay={decay}")
+    loop.run_stage(config)
+    stage = tmp_path / "t/stage0"
+    parameters = load_file(stage / "checkpoints/checkpoint_1/pytorch_lora_weights.safetensors").values()
+    picture = (stage / "images/00000.png").stat().st_size
+    disk = dry_run.stored(config, 9, {"picture_bytes": picture, "stored_bytes_per_image": picture}, parameters)
+    found = {
+        name: sum(path.stat().st_size for path in (stage / "checkpoints").glob(pattern))
+        for name, pattern in (("", "checkpoint_1/**/pytorch_*"), ("optimiser", "**/optimizer.*"))
+    }
+    found["optimiser"] += sum(path.stat().st_size for path in (stage / "checkpoints").glob("checkpoint_0/**/pytorch_*"))
+    for name in found:
+        assert found[name] == pytest.approx(disk[name], rel=0.3)  # the files have heads
+    assert disk["images"] == 9 * picture
+
+
 def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(monkeypatch, capsys, tmp_path):
     """The counts are the settings'; the time is the images and transitions at the rates that were measured."""
     monkeypatch.setattr(dry_run, "BUDGET", 0.05)
@@ -286,6 +306,9 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(monkeypatch, capsys,
     assert "evaluation 120 images" in said
     assert "select 1 s" in said
     assert not list(tmp_path.iterdir())
+    config.keep.images, config.keep.trajectories, config.keep.optimiser = 1, 0, 2
+    disk = {"images": 1, "trajectories": 10, "optimiser": 100, "": 1000}
+    assert dry_run.at_once(config, disk) == 2 + 30 + 300 + 3000
     for credit, count in (("contrast", 4), ("all", 6)):  # two of three branches, two steps each
         config.select.credit = credit
         assert dry_run.trained(config, stage_plan(config)) == pytest.approx(count)

@@ -17,9 +17,11 @@ from b2diffurl.evaluate.measures import feature_distance
 from b2diffurl.families import lora as lora_module
 from b2diffurl.models import Models
 from b2diffurl.noise import stream_noise, stream_seed
+from b2diffurl.rewards import clip_of
 from b2diffurl.rollout import denoise
 from b2diffurl.run import storage
 from b2diffurl.run.command import parse
+from b2diffurl.run.folder import Run
 
 
 def pictures(count, size=64):
@@ -228,3 +230,21 @@ def test_before_is_the_base_after_the_checkpoint_and_a_reward_is_of_its_pictures
     storage.write_tensors(path, {n: 2 * t for n, t in storage.read_tensors(path, "").items()}, {"format": "pt"})
     evaluate()
     assert len(drawn) == 4  # other weights in the same place
+    assert not Run(configure(*given)).folder.exists()  # nothing of a run is touched that it is not about
+    assert not Run(configure(*given)).log.exists()
+    (elsewhere / "mine.json").write_text('["a", "b", "a"]')
+    evaluate()
+    assert len(drawn) == 4  # the second "a" would have the same noise
+    evaluate_more = configure(*given, "--config.sample.groups=3", "--config.reward.timeout=1")
+    before_after.main(evaluate_more, checkpoint, elsewhere / "out", "mine.json")
+    assert len(drawn) == 4  # neither matters here
+
+
+def test_one_prompt_has_no_interval_and_one_picture_no_diversity():
+    config = configure("--config.reward.name=jpeg_compressibility", "--config.evaluate.images_per_prompt=1")
+    with Models(config).scoring() as reward:
+        clip = clip_of(reward, config, "cpu")
+        assert set(before_after.measure(config, reward, clip, ["a"], pictures(1, 32))) == {
+            "images", "images_sha256", "reward", "clip", "jpeg_compressibility"
+        }  # fmt: skip
+        assert "reward_interval" in before_after.measure(config, reward, clip, ["a", "b"], pictures(2, 32))

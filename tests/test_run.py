@@ -20,6 +20,7 @@ from b2diffurl.errors import UserError
 from b2diffurl.families import loading, lora, sd
 from b2diffurl.models import Models
 from b2diffurl.run.command import parse
+from b2diffurl.run.folder import Run, prune
 from b2diffurl.stages import loop, sample, select, train
 
 SMALL = [
@@ -370,7 +371,15 @@ def test_a_value_baseline_goes_through_the_stages(tmp_path, monkeypatch):
     assert len(trained[0]) <= 9 < len(trained[1])  # of 9 images; what is subtracted from stage 1 on differs by step
     stored = [load_file(tmp_path / f"t/stage{i}/checkpoints/checkpoint_1/value.safetensors") for i in (0, 1)]
     assert stored[1]["layers.0.weight.step"] > stored[0]["layers.0.weight.step"] > 0
-    assert all(r["train/value_loss"] > 0 for r in metrics_of(tmp_path) if r["step"] == "train")
+    for record in [r for r in metrics_of(tmp_path) if r["step"] == "train"]:
+        assert record["train/value_loss"] > 0
+        epochs = configure(tmp_path).train.num_epochs
+        assert record["perf/unet_evals_base"] * (1 + epochs) == record["perf/unet_evals"]  # once, and trained in each
+    config = configure(tmp_path, *more, "--config.keep.optimiser=2")
+    config.stage = 2
+    prune(Run(config), config)
+    there = [(tmp_path / f"t/stage{i}/checkpoints/checkpoint_1/value.safetensors").exists() for i in (0, 1)]
+    assert there == [False, True]
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo_is", "dpo"])

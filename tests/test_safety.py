@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from b2diffurl import rewards
 from b2diffurl.errors import UserError
 from b2diffurl.families import lora
 from b2diffurl.models import Models
@@ -119,6 +120,16 @@ def test_what_a_reward_prints_does_not_hide_the_plan(tmp_path):
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{os.getcwd()}:{tmp_path}"},
     )  # fmt: skip
     assert done.stdout.splitlines() == ["Loading a model", f"4 one 0 {tmp_path}/t"]  # the driver reads the last line
+
+
+def test_the_evaluations_clip_is_asked_for_before_the_run(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(rewards, "load_clip", lambda config, device: asked.append(device))
+    for name, wanted in (("jpeg_compressibility", ["cpu"]), ("clip:1 + jpeg_compressibility:0", [])):
+        asked.clear()
+        preflight.main(configure(tmp_path, f"reward.name={name}"))
+        assert asked == wanted
+    capsys.readouterr()
 
 
 def test_a_gpu_that_pytorch_cannot_use_is_said_before_anything_runs_on_the_cpu(tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ def sizes(config, latent, picture):
         "picture_size": list(picture.size),
         "unet_steps_per_image": steps_per_image(config),
         "stored_bytes_per_image": round(statistics.mean(stored)) + len(coded.getvalue()),
+        "picture_bytes": len(coded.getvalue()),
     }
 
 

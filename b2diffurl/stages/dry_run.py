@@ -3,6 +3,7 @@
 import statistics
 
 from ..bench import rates
+from ..families import lora
 from ..losses import ALGORITHMS, refers_to_base
 from ..models import Models
 from ..plan import METHODS, queries
@@ -31,10 +32,9 @@ def main(config):
     if asks_base:
         seconds[2] += transitions / epochs * sampling["seconds_per_step"]
     fused = queries(config) - images
-    stored = rates.sizes(config, latent, pictures[0])["stored_bytes_per_image"] * (images + 2 * fused)
+    sizes = rates.sizes(config, latent, pictures[0])
+    disk = stored(config, images + 2 * fused, sizes, lora.parameters(loaded.family.denoiser).values())
     before_after = 2 * config.evaluate.images_per_prompt * len(prompts(config))
-    keep = (config.keep.trajectories, config.keep.images)
-    kept = min(len(plans), max(keep)) if all(keep) else len(plans)  # 0: of all stages
     peaks = [phase["peak_bytes"] for phase in (sampling, scoring, training) if phase["peak_bytes"]]
     steps = config.evaluate.num_steps or config.sample.num_steps
     asked = statistics.mean(evaluations(config, plan) for plan in plans)
@@ -45,7 +45,8 @@ def main(config):
         f"stages     {len(plans)} of {images} images{f' and {fused} fused ones' if fused else ''}; "
         f"{len(plans) * (images + fused):,} reward queries in all",
         f"evaluation {before_after} images",
-        f"disk       {size(stored)} per stage, {size(kept * stored)} at most at one time (config.keep)",
+        f"disk       {size(sum(disk.values()))} per stage, {size(at_once(config, disk))} at most at one time "
+        "(config.keep)",
         f"memory     {size(max(peaks))} here with batches of {sampling['batch']} and {training['batch']}"
         if peaks else "memory     not known here",
         f"time       sample {seconds[0]:.0f} s, select {seconds[1]:.0f} s, train {seconds[2]:.0f} s or less"
@@ -53,6 +54,24 @@ def main(config):
         f"{metrics.duration(total)} or less in all by one process, without loading",
         "nothing was written",
     ]))  # fmt: skip
+
+
+def stored(config, images, sizes, lora):
+    """{what of config.keep, or "": always: bytes that a stage leaves}; lora: its parameters, float32 in the files."""
+    weights = 4 * sum(own.numel() for own in lora) * (2 if config.train.ema_decay else 1)
+    state = weights + 4 * sum(own.numel() for own in lora)  # AdamW's two moments, and the average
+    return {
+        "images": images * sizes["picture_bytes"],
+        "trajectories": images * (sizes["stored_bytes_per_image"] - sizes["picture_bytes"]),
+        "optimiser": weights + 2 * state,  # checkpoint_0, and the state of checkpoint_1
+        "": weights,
+    }
+
+
+def at_once(config, disk):
+    """Bytes on the disk at most: what config.keep keeps, and the stage at work."""
+    stages, keep = config.schedule.stage_count, {"": 0, **config.keep}
+    return sum(count * (min(stages, keep[name] + 1) if keep[name] else stages) for name, count in disk.items())
 
 
 def trained(config, plan):
