@@ -355,6 +355,7 @@ def test_targets_are_their_bases_until_the_fusion_and_have_the_plain_policys_den
 def test_the_report_shows_each_prompts_pair(finished):
     stage = finished / "t/stage0"
     rows, shown = rows_of(stage), report.strip(stage, 0)["pairs"]
+    rows.sort(key=lambda row: row["reward_reference"] - row["reward_base"], reverse=True)  # the widest pairs
     assert [pair["prompt"] for pair in shown] == list(dict.fromkeys(row["prompt"] for row in rows))
     first = rows[0]
     assert [tile["value"] for tile in shown[0]["tiles"]] == [

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..run import storage
 from .embedded import encoded
 
-PAIRS = 6  # of a stage, shown: the first of each of so many groups
+PAIRS = 6  # of a stage, shown
 TILE, LABEL, HEAD = 96, 120, 20  # pixels, of the picture: a tile's side, the prompt's width, the heading's height
 VALUES = {
     "reference": "reward_reference", "base": "reward_base", "target": "reward_target", "mask": "mask_share",
@@ -35,15 +35,17 @@ def strip(folder, stage):
                 for name, image in pictures(folder, row).items()
             ],
         }
-        for row in firsts(folder)
+        for row in widest(folder)
     ]
     return {"stage": stage, "pairs": shown} if shown else None
 
 
-def firsts(folder):
-    """The first row of fused.json of each of PAIRS groups, of different prompts."""
-    rows = storage.read_json(folder / "fused.json", "run_fuse.py")
-    return [*{row["prompt"]: row for row in reversed(rows)}.values()][::-1][:PAIRS]
+def widest(folder):
+    """The PAIRS rows of fused.json, of different prompts, whose reference is furthest above its base in reward."""
+    rows, found = storage.read_json(folder / "fused.json", "run_fuse.py"), {}
+    for row in sorted(rows, key=lambda row: row["reward_base"] - row["reward_reference"]):
+        found.setdefault(row["prompt"], row)
+    return [*found.values()][:PAIRS]
 
 
 def pictures(folder, row):
@@ -61,8 +63,8 @@ def _fitted(image):
 
 
 def draw(folder):
-    """-> PIL image: a line for every prompt that firsts chooses, the prompt and then the four pictures."""
-    rows = firsts(folder)
+    """-> PIL image: a line for every pair that widest chooses, the prompt and then the four pictures."""
+    rows = widest(folder)
     sheet = Image.new("RGB", (LABEL + 4 * (TILE + 4), HEAD + len(rows) * (TILE + 4)), "white")
     pen = ImageDraw.Draw(sheet)
     for number, name in enumerate(VALUES):
