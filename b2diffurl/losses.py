@@ -8,7 +8,7 @@ approx_kl (log ρ)² / 2, and its own. ALGORITHMS names them for config.train.al
 import math
 import typing
 
-LARGEST = 80.0  # of log ρ: float32 ends at 88, and beyond it a clipped loss has the gradient 0 · ∞
+LARGEST = 80.0  # of log ρ: float32 ends at 88, and beyond it a loss that is clipped would have the gradient 0 · ∞
 
 
 def ddpo_is(log_prob, old_log_prob, advantage, clip_range):
@@ -18,7 +18,8 @@ def ddpo_is(log_prob, old_log_prob, advantage, clip_range):
     latent's dimensions, as in the authors' code, ε = 0.1 is a joint ratio of about exp(1638) for SD's 16384 of them, so
     the clip hardly ever acts; summed ones are another algorithm.
     """
-    ratio = (log_prob - old_log_prob).clamp(max=LARGEST).exp()
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.where(advantage < 0, log_ratio.clamp(max=LARGEST)).exp()
     loss = (-advantage * ratio).maximum(-advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
     return loss, _statistics(log_prob - old_log_prob, clip_range)
 

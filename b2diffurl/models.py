@@ -23,7 +23,7 @@ class Models:
 
     def __init__(self, config):
         prepare(config)
-        self.config = config
+        self.config, self.fits = config, device().type != "cuda"
 
     @functools.cached_property
     def family(self):
@@ -46,8 +46,9 @@ class Models:
 
     def require_memory(self):
         """Raise UserError, before any weights are loaded, where the GPU has too little memory to train the model."""
-        if device().type == "cuda":
+        if not self.fits:  # counted once
             memory.require(self.family, self.config, torch.cuda.mem_get_info()[1])
+            self.fits = True
 
     @functools.cached_property
     def kernel(self):

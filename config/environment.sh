@@ -23,9 +23,11 @@ prepare_environment() {
   local file
   for file in "$@"; do
     if ! installed "$file"; then
-      ( # one at a time: a second command that starts meanwhile waits
-        set -e
-        ! command -v flock >/dev/null || flock 8
+      ( # one at a time
+        if command -v flock >/dev/null && ! flock -n 8; then
+          echo "another command installs into .venv: waiting for it ..."
+          flock 8 || echo "no lock on .venv.lock: installing without one" >&2
+        fi
         installed "$file" || install "$file"
       ) 8>>.venv.lock || return 1
     fi

@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_run import configure as small_run
 
@@ -269,6 +270,11 @@ def test_bench_as_a_user_runs_it(tmp_path):
     check_report(json.loads((tmp_path / "bench.json").read_text()))
 
 
+@pytest.mark.parametrize("preset", ["shapes", "shapes_flow", "shapes_dfusion", "sdv1.4", "dfusion_sd2.1"])
+def test_every_presets_start_up_can_be_timed(preset):
+    assert configure(preset, *rates.MINIMAL).sample.groups == 1
+
+
 def test_a_device_that_is_not_there_is_one_line():
     done = subprocess.run([sys.executable, "-m", "b2diffurl.bench", "--device", "cuda"], capture_output=True, text=True)
     assert done.returncode == 1
@@ -281,16 +287,17 @@ def test_a_dry_runs_disk_is_that_of_a_stage(tmp_path, decay):
     loop.run_stage(config)
     stage = tmp_path / "t/stage0"
     parameters = load_file(stage / "checkpoints/checkpoint_1/pytorch_lora_weights.safetensors").values()
-    picture = (stage / "images/00000.png").stat().st_size
-    disk = dry_run.stored(config, 9, {"picture_bytes": picture, "stored_bytes_per_image": picture}, parameters)
+    latent = load_file(stage / "samples.safetensors")["states"][0]
+    disk = dry_run.stored(config, 9, rates.sizes(config, latent, Image.open(stage / "images/00000.png")), parameters)
     found = {
         name: sum(path.stat().st_size for path in (stage / "checkpoints").glob(pattern))
         for name, pattern in (("", "checkpoint_1/**/pytorch_*"), ("optimiser", "**/optimizer.*"))
     }
     found["optimiser"] += sum(path.stat().st_size for path in (stage / "checkpoints").glob("checkpoint_0/**/pytorch_*"))
+    found["images"] = sum(path.stat().st_size for path in (stage / "images").iterdir())
+    found["trajectories"] = (stage / "samples.safetensors").stat().st_size
     for name in found:
-        assert found[name] == pytest.approx(disk[name], rel=0.3)  # the files have heads
-    assert disk["images"] == 9 * picture
+        assert found[name] == pytest.approx(disk[name], rel=0.35)  # the files have heads, the interval grows
 
 
 def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(monkeypatch, capsys, tmp_path):

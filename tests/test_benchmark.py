@@ -57,8 +57,19 @@ def test_the_protocols_numbers():
     }  # fmt: skip
     assert (ladder.DARK, ladder.PLAIN, ladder.LEFT) == (0.4, 0.022, 13.5)
     assert (DESIGNS["dfusion"].seeds, DESIGNS["dfusion"].budget) == (tuple(range(401, 411)), 720)
-    searched = {arm for arm in SPARSE.arms if len(SPARSE.grid[arm]) > 1}
-    assert searched == SPARSE.arms.keys()
+    assert SPARSE.arms["b2_lean"] == {
+        "method": "b2", "train.step_weights": "inverse_gain", "select.credit": "group", "sample.groups": 24,
+        "train.num_epochs": 1,
+    }  # fmt: skip
+    assert SPARSE.rivals == ("b2", "ddpo")
+    others = ("ddpo", "ddpo_contrast", "ddpo_bpt", "ddpo_bs")
+    assert SPARSE.comparisons == (*(("b2", other) for other in others), ("b2_lean", "ddpo_lean"))
+    assert SPARSE.search_seeds == (201, 202, 203)
+    for arm in SPARSE.arms:  # the same effort on rates and updates
+        tried = [
+            own for own in SPARSE.grid[arm] if own.keys() == {"train.learning_rate", "train.trajectories_per_update"}
+        ]
+        assert len(tried) == 4
 
 
 @pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
@@ -66,7 +77,7 @@ def test_the_published_table_is_that_of_the_published_rows(design):
     folder = pathlib.Path(design.folder) / "results"
     if not (folder / "results.csv").exists():
         pytest.skip("no run has ended yet")
-    rows = [{"settings": "", **row} for row in results.read(folder / "results.csv", benchmark.TEXTS, benchmark.COUNTS)]
+    rows = benchmark.stored(folder / "results.csv")
     said = benchmark_report.text(rows, json.loads((folder / "base.json").read_text()), design)
     assert said == (folder / "table.md").read_text(encoding="utf-8")
 
@@ -196,7 +207,7 @@ def test_the_primary_outcome_is_over_the_seeds_that_have_all_tasks():
         f"| b2_lean at its end - b2 at its | 2 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {lower_bound(gaps):+.3f} |"
     )
     assert line.startswith(wanted)
-    assert line.endswith("| 1.00 | not decided: 10 seeds |")
+    assert line.endswith("| 1.00 | not decided: 2 of 10 seeds |")
     assert benchmark_report.primary(benchmark_report.runs_of(rows[:1]), two) == []
     more = SPARSE._replace(tasks=(*base, "a task without runs"))
     assert benchmark_report.primary(benchmark_report.runs_of(rows), more) == []
@@ -298,7 +309,7 @@ def test_the_reports_other_columns():
     rows += [stage_of("b2", seed, (0.6, 0.9, 0.3), 4e6) for seed in (0, 1)]
     runs = benchmark_report.runs_of(rows)
     (line,) = benchmark_report.primary(runs, SPARSE._replace(tasks=base, rivals=("b2",)))[2:]
-    assert line.endswith("| -0.200 [-0.200, -0.200] | 0.25 | not decided: 10 seeds |")
+    assert line.endswith("| -0.200 [-0.200, -0.200] | 0.25 | not decided: 2 of 10 seeds |")
     lines = benchmark_report.table(runs, base)
     assert lines[2] == "| dark | base model | | | | 0.200 | | | 0.300 | 0.400 | |"
     area, end, train, diversity = (f"{value:.3f} [{value:.3f}, {value:.3f}]" for value in (0.35, 0.5, 0.7, 0.1))
@@ -307,8 +318,12 @@ def test_the_reports_other_columns():
     failed = [{**row, "failed": "x", "forwards": 0, "diversity_train": 0.4} for row in rows if row["arm"] == "b2_lean"]
     again = benchmark_report.runs_of([*rows[2:], failed[0], rows[1]])
     (line,) = benchmark_report.primary(again, SPARSE._replace(tasks=base, rivals=("b2",)))[2:]
-    assert line.endswith("| -0.200 | 0.25 | not decided: 10 seeds |")  # of the other seed
-    assert benchmark_report.table(again, base)[4].endswith("| 1.00 |")
+    assert line.endswith("| -0.200 | 0.25 | not decided: 2 of 10 seeds |")  # of the other seed
+    assert benchmark_report.table(again, base)[4].endswith("| 0.100 | 1.00 |")  # diversity too
+    none = benchmark_report.runs_of([*rows[2:], *failed])
+    (line,) = benchmark_report.primary(none, SPARSE._replace(tasks=base, rivals=("b2",), seeds=(0, 1)))[2:]
+    assert line.endswith("| - | - | False |")
+    assert benchmark_report.table(none, base)[4].endswith("|  |  |")
 
 
 @pytest.mark.parametrize(

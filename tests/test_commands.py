@@ -112,6 +112,7 @@ ELSEWHERE = {
         "--rows ROW",
         "python -m b2diffurl.study.benchmark",
         "python -m b2diffurl.study.benchmark --search --seeds 201",
+        "python -m b2diffurl.study.benchmark --search --arms b2_lean ddpo_lean",
         "python -m b2diffurl.study.benchmark --design dfusion",
         "python -m b2diffurl.study.benchmark --design dfusion --search",
     ), HOURS),

@@ -241,9 +241,7 @@ def test_what_cannot_be_exported_is_one_line(checkpoints, tmp_path):
 
 
 def _no_network(*_, **__):
-    import httpx
-
-    raise httpx.ConnectError("no network")
+    raise RuntimeError("no network")
 
 
 def test_card(checkpoints, tmp_path, monkeypatch):
@@ -296,6 +294,10 @@ def test_card(checkpoints, tmp_path, monkeypatch):
     sent.clear()
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", _no_network)
     with pytest.raises(UserError, match=r"--push me/mine: no network; .*l\.safetensors is written"):
+        run(checkpoint, tmp_path / "card/l.safetensors", "diffusers", push="me/mine")
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # the hub's own way to fail
+    with pytest.raises(UserError, match=r"--push me/mine: "):
         run(checkpoint, tmp_path / "card/l.safetensors", "diffusers", push="me/mine")
     average = _copied(checkpoint, checkpoint / "ema")  # the same numbers, so the results are its own too
     run(average, tmp_path / "ema/l.safetensors", "diffusers", card=True)

@@ -49,6 +49,9 @@ def test_a_ratio_beyond_float32_is_clipped_like_any_other():
     assert loss[0].item() == pytest.approx(-1.2)
     assert log_prob.grad[0] == 0
     assert log_prob.grad[1] == pytest.approx(np.exp(79), rel=1e-4)
+    further = torch.tensor([100.0], requires_grad=True)  # not clipped: it must not pass unseen
+    ddpo_is(further, torch.zeros(1), torch.tensor([-1.0]), 0.2)[0].sum().backward()
+    assert not further.grad.isfinite().any()
 
 
 def test_ddpo_sf_in_float64():

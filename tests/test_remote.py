@@ -123,7 +123,8 @@ def test_a_server_that_is_not_there_or_silent_is_one_line(server, monkeypatch):
 
 def test_no_proxy_leads_to_this_machine_and_a_torn_error_is_an_error(server, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     assert remote.Remote(server, 8, 5)(grey(51), ["p"], [{}]) == pytest.approx([0.2])
     with pytest.raises(UserError, match=r"refused"):
         remote.Remote("http://judge.example/score", 8, 5)(grey(51), ["p"], [{}])

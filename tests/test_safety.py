@@ -469,3 +469,24 @@ def test_fp16_decodes_in_bf16_and_checkpointing_is_switched_on(tmp_path):
     loaded = Models(config)
     assert loaded.family.vae.dtype == torch.bfloat16
     assert loaded.trainable()[0].denoiser.is_gradient_checkpointing
+
+
+def test_an_installation_is_made_once_and_one_that_fails_ends_the_command(tmp_path):
+    for name in ("requirements.txt", "requirements.lock"):
+        shutil.copy(name, tmp_path)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("PYTHON", None)
+    source = pathlib.Path("config/environment.sh").resolve()
+
+    def prepare(pip):
+        made = f'mkdir -p .venv/bin; printf "#!/bin/sh\\nexit {pip}\\n" >.venv/bin/python; chmod +x .venv/bin/python'
+        script(tmp_path / "python3.11", f'case "$*" in *venv*) {made};; esac')
+        asked = ["bash", "-c", f"set -euo pipefail; . {source}; prepare_environment requirements.txt; echo made"]
+        return subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+    failed = prepare(pip=3)
+    assert failed.returncode != 0
+    assert "made" not in failed.stdout
+    assert not (tmp_path / ".venv/requirements.txt").exists()
+    assert prepare(pip=0).stdout.splitlines()[1:] == ["made"]
+    assert prepare(pip=3).stdout == "made\n"  # nothing is left to install

@@ -33,9 +33,9 @@ from .meter import count, count_each, fitting, seconds_per_call
 
 MINIMAL = (  # a stage that does everything once: for the start-up times
     "--config.exp_name=bench_startup", "--config.stage=0", "--config.method=b2", "--config.sample.groups=1",
-    "--config.sample.branches=1", "--config.sample.num_steps=2", "--config.schedule.left=2",
+    "--config.sample.branches=2", "--config.sample.num_steps=2", "--config.schedule.left=2",
     "--config.schedule.right=2", "--config.schedule.untrained=1", "--config.select.pos_threshold=-9",
-    "--config.select.credit=", "--config.log_with=",
+    "--config.select.neg_threshold=9", "--config.select.credit=", "--config.log_with=",
 )  # fmt: skip
 SECONDS = 15.0  # for each figure
 HEAD = "phase      batch   rate                  TFLOP/s   of matmul   in the UNet   peak memory"

@@ -43,7 +43,6 @@ def export(checkpoint, out, form):
 
 def push(repository, files):
     """Upload files to the root of a hub repository, which is made where it is not there yet."""
-    import httpx
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -51,7 +50,7 @@ def push(repository, files):
         api.create_repo(repository, exist_ok=True)
         for path in files:
             api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repository)
-    except (httpx.HTTPError, ValueError) as error:
+    except Exception as error:  # its HTTP library is another one by version
         raise UserError(f"--push {repository}: {error}; {files[0]} is written, the same command uploads it") from None
 
 

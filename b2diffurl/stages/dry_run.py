@@ -83,8 +83,8 @@ def trained(config, plan):
 
 
 def prompts(config):
-    """All prompts of the evaluation."""
-    return [*read_prompts(config.prompts.train), *read_prompts(config.prompts.test)]
+    """All prompts of the evaluation, each once per list."""
+    return [prompt for path in config.prompts.values() for prompt in dict.fromkeys(read_prompts(path))]
 
 
 def size(count):

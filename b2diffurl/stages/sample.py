@@ -77,8 +77,9 @@ def main(config, started=None, loaded=None):
     values["time_s"] = round(time.perf_counter() - started, 3)  # with the wait for a reward server
     metrics.record(run.metrics, config, "sample", values)
     track(config, "sample", values, log)
-    interval = f"last {plan.steps - plan.start} of {plan.steps} steps "
-    interval += "branch" if METHODS[config.method].branches else "are trained on"
+    interval = f"last {plan.steps - plan.start} of {plan.steps} steps branch"
+    if not METHODS[config.method].branches:
+        interval = f"steps {plan.start} to {plan.steps - plan.untrained - 1} of {plan.steps} are trained on"
     log.info(
         f"stage {config.stage} sample: {len(rows)} images, {interval}, "
         f"{values['perf/images_per_s']:.1f} images/s, {values['time_s']:.1f} s"

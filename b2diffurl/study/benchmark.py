@@ -120,7 +120,7 @@ def main(out, jobs, design):
     """
     began, path = time.perf_counter(), out / "results.csv"
     lock.hold(out)
-    rows, failed = [{"settings": "", **row} for row in results.read(path, TEXTS, COUNTS)], []
+    rows, failed = stored(path), []
     done = {tuple(row[name] for name in KEYS) for row in rows}
     left = [job for job in jobs if tuple(job.key().values()) not in done]
     base = base_figures(out, jobs, design)
@@ -132,12 +132,17 @@ def main(out, jobs, design):
             said = f"{found[-1]['success_train']:.3f} train, {found[-1]['success_test']:.3f} held-out"
         rows += found
         results.write(path, sorted(rows, key=lambda r: tuple(r[n] for n in (*KEYS, "stage"))), COLUMNS)
-        benchmark_report.write(out, rows, base, design)
+        benchmark_report.write(out, stored(path), base, design)
         print(f"{number}/{len(left)} {job.name()}: {said}; {(time.perf_counter() - began) / 60:.1f} min", flush=True)
     if failed:
         raise UserError(f"{len(failed)} of {len(left)} runs failed: {'; '.join(failed)}")
-    benchmark_report.write(out, rows, base, design)
+    benchmark_report.write(out, stored(path), base, design)
     print((out / "table.md").read_text(encoding="utf-8"))
+
+
+def stored(path):
+    """The rows of a results.csv, rounded as they are there."""
+    return [{"settings": "", **row} for row in results.read(path, TEXTS, COUNTS)]
 
 
 def failure(job, error, base, design):

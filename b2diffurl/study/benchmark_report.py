@@ -45,7 +45,7 @@ def table(runs, base):
     """Markdown lines: every cell's runs, mean and 95 % interval over seeds by Student's t.
 
     area: the mean height of the curve from the base model at 0 queries to the run's end. Runs that stopped with an
-    error have no part in the passes.
+    error have no part in diversity and passes.
     """
     marks = " | ".join(f"queries to {mark}: median (runs that came there)" for mark in MARKS)
     head = f"| task | arm | settings | seeds | held-out: area | end | {marks} | train: end | diversity | M forwards |"
@@ -60,15 +60,16 @@ def table(runs, base):
         cells = [
             task, arm, settings, str(len(ends)), said_of([area(path) for path in paths]),
             said_of([end["success_test"] for end in ends]), *(_median(values) for values in spent),
-            said_of([end["success_train"] for end in ends]), said_of([end["diversity_train"] for end in ends]),
-            _millions([end["forwards"] for end in ends if "failed" not in end]),
+            said_of([end["success_train"] for end in ends]), _whole(ends, "diversity_train", said_of),
+            _whole(ends, "forwards", lambda passes: f"{np.mean(passes) / 1e6:.2f}"),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _millions(forwards):
-    return f"{np.mean(forwards) / 1e6:.2f}" if forwards else ""
+def _whole(ends, figure, said):
+    values = [end[figure] for end in ends if "failed" not in end]
+    return said(values) if values else ""
 
 
 def middles(runs, base):
@@ -109,14 +110,17 @@ def primary(runs, design):
             continue
         ends = [[(own[seed][-1], theirs[seed][-1]) for own, theirs in pairs] for seed in seeds]
         gaps, whole = _gaps(ends, "success_test"), [own for own in ends if not any("failed" in r for r in sum(own, ()))]
-        diversity = _gaps(whole, "diversity_train")
-        ratio = np.mean([own["forwards"] / theirs["forwards"] for of_seed in whole for own, theirs in of_seed])
-        bound, least = lower_bound(gaps), np.mean(diversity)
-        holds = bound > -design.margin and least >= -design.diversity_margin and ratio <= 1
-        verdict = f"not decided: {len(design.seeds)} seeds" if len(seeds) < len(design.seeds) else str(bool(holds))
+        bound, diversity, ratio, holds = lower_bound(gaps), "-", "-", False
+        if whole:
+            gaps_of_diversity = _gaps(whole, "diversity_train")
+            passes = np.mean([own["forwards"] / theirs["forwards"] for of_seed in whole for own, theirs in of_seed])
+            diversity, ratio = said_of(gaps_of_diversity, "+.3f"), f"{passes:.2f}"
+            holds = bound > -design.margin and np.mean(gaps_of_diversity) >= -design.diversity_margin and passes <= 1
+        wanted = len(design.seeds)
+        verdict = f"not decided: {len(seeds)} of {wanted} seeds" if len(seeds) < wanted else str(bool(holds))
         cells = (
             f"{design.lean} at its end - {other} at its", str(len(seeds)), said_of(gaps, "+.3f"), f"{bound:+.3f}",
-            said_of(diversity, "+.3f"), f"{ratio:.2f}", verdict,
+            diversity, ratio, verdict,
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines if len(lines) > 2 else []

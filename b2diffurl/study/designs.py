@@ -74,10 +74,12 @@ SPARSE = Design(
         **dict.fromkeys(("ddpo", "ddpo_bpt"), rates_and_updates(32, 64)),
         **dict.fromkeys(("ddpo_contrast", "ddpo_bs", "b2"), rates_and_updates(16, 32)),
         "b2_lean": [
-            {}, {"train.num_epochs": 2}, {"train.learning_rate": 1.6e-2}, {"train.lora_targets": CROSS},
-            {"sample.groups": 12, "sample.branches": 10}, {"schedule.left": 17}, TREE,
+            *rates_and_updates(32, 64), {"train.num_epochs": 2}, {"train.learning_rate": 1.6e-2},
+            {"train.lora_targets": CROSS}, {"sample.groups": 12, "sample.branches": 10}, {"schedule.left": 17}, TREE,
         ],
-        "ddpo_lean": [{}, {"sample.groups": 8, "sample.branches": 15}, {"select.credit": "all"}],
+        "ddpo_lean": [
+            *rates_and_updates(32, 64), {"sample.groups": 8, "sample.branches": 15}, {"select.credit": "all"},
+        ],
     },
     comparisons=(
         ("b2", "ddpo"), ("b2", "ddpo_contrast"), ("b2", "ddpo_bpt"), ("b2", "ddpo_bs"), ("b2_lean", "ddpo_lean"),

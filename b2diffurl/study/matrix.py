@@ -3,6 +3,7 @@
 import re
 import typing
 
+from ..errors import UserError
 from ..run.command import parse
 
 
@@ -163,7 +164,12 @@ def configure(job, out, kind):
         "keep.images": 1, "keep.trajectories": 1, "keep.optimiser": 2, **dict(job.settings),
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
-    return parse(["study", "--config", f"config/stage_process.py:{job.world}", *flags])[0]
+    config = parse(["study", "--config", f"config/stage_process.py:{job.world}", *flags])[0]
+    if config.evaluate.images_per_prompt < 2:
+        raise UserError(
+            "--set evaluate.images_per_prompt=1: must be at least 2, or a prompt's pictures have no diversity"
+        )
+    return config
 
 
 def evaluated(config):
