@@ -182,6 +182,7 @@ def draw(path, runs, base):
                 panel.fill_between(x[1:], low[1:], high[1:], alpha=0.15)
             panel.set(title=f"{task}: held-out success", ylim=(0, 1))
             panel.set_xlabel(AXES[across])
+            panel.locator_params(axis="x", nbins=6)
         panels[0].legend(fontsize="x-small")
     aside = path.with_name("curves.tmp.png")
     FigureCanvasAgg(figure).print_png(aside)
