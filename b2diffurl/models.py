@@ -88,6 +88,7 @@ class Models:
 
     def trainable(self, checkpoint=None, negative=None):
         """The same with a checkpoint folder's LoRA or a fresh one, and {name: parameter} of it, float32."""
+        self.require_memory()
         denoiser, train = self.family.denoiser, self.config.train
         if checkpoint:
             parameters = lora.load(denoiser, checkpoint)

@@ -19,7 +19,6 @@ BUDGET = 3.0  # seconds for each measurement
 def main(config):
     """Print stages, images, reward queries, and, from a short measurement here, disk, memory and time."""
     loaded, plans = Models(config), rates.stage_plans(config)
-    loaded.require_memory()
     sampling, latent, pictures = rates.measure_sampling(loaded, None, BUDGET)
     scoring = rates.measure_scoring(loaded, pictures, BUDGET)
     algorithm, epochs = config.train.algorithm, config.train.num_epochs  # measuring sets the algorithm

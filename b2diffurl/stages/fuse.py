@@ -17,7 +17,7 @@ from ..run import metrics, processes, storage
 from ..run.tracking import track
 from ..shapes.oracle import verdicts
 from .begin import begin, steps
-from .scoring import history_of, read_picture, score
+from .scoring import earlier_targets, history_of, read_picture, score
 from .targets import Pairs, evaluations, make_targets, mask_of, pairs_of, place, word_thresholds
 from .trajectories import read_images, write_credit, write_rollout
 
@@ -159,8 +159,8 @@ def _normalised(config, run, scores, table):
 
 def _queries(config, run, targets):
     """Reward queries of the run so far, this step's among them."""
-    earlier = sum(line.get("fuse/targets", 0) for line in metrics.read(run.metrics) if line["stage"] < config.stage)
-    return earlier + targets + (config.stage + 1) * config.sample.groups * config.sample.branches
+    images = (config.stage + 1) * config.sample.groups * config.sample.branches
+    return images + earlier_targets(config, run) + targets
 
 
 def _figures(table, verdict, kl):

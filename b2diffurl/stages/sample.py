@@ -34,7 +34,7 @@ def main(config, started=None, loaded=None):
         return
     run, log = opened
     before, loaded = run.require_previous(), loaded or Models(config)
-    loaded.require_memory()  # of the training that follows
+    loaded.require_memory()  # of the training that follows: not found out after the sampling
     plan, rows = stage_plan(config), image_rows(config)
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     of_group = torch.tensor([prompts.index(row["prompt"]) for row in rows[:: plan.images]])
@@ -74,7 +74,7 @@ def main(config, started=None, loaded=None):
     processes.barrier()
     if processes.rank():
         return
-    values["time_s"] = round(time.perf_counter() - started, 3)  # with the wait for a reward server
+    values["time_s"] = round(time.perf_counter() - started, 3)  # again, with the wait for a reward server
     metrics.record(run.metrics, config, "sample", values)
     track(config, "sample", values, log)
     interval = f"last {plan.steps - plan.start} of {plan.steps} steps branch"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..rewards import load_reward
-from ..run import processes, storage
+from ..run import metrics, processes, storage
 from ..run.config import is_url
 from ..shapes.oracle import verdicts
 
@@ -91,6 +91,11 @@ def _requests(waiting, size):
             images, prompts = [], []
     if images:
         yield images, prompts
+
+
+def earlier_targets(config, run):
+    """How many of D-Fusion's targets the stages before config.stage have scored."""
+    return sum(line.get("fuse/targets", 0) for line in metrics.read(run.metrics) if line["stage"] < config.stage)
 
 
 def history_of(path):

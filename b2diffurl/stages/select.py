@@ -18,7 +18,7 @@ from ..selection import select_pairs
 from ..watch import WINDOW, parted
 from .begin import begin, steps
 from .sample import image_rows
-from .scoring import history_of, score
+from .scoring import earlier_targets, history_of, score
 from .trajectories import write_credit
 
 NEARLY_ALL = 0.95  # of the images are right: the oracle's share has little left to rise
@@ -52,7 +52,7 @@ def main(config, started=None, loaded=None):
         normalised = history.normalise([row["prompt"] for row in rows], raw)
         credit, kept = _credit(config, rows, raw, normalised, log)
         values = _figures(config, rows, raw, terms) | measured
-        values["reward/queries"] += _targets(config, run)
+        values["reward/queries"] += earlier_targets(config, run)
         values |= {"select/kept": int(kept.sum()), "select/kept_best": int((normalised[kept] > 0).sum())}
         values = {name: v if isinstance(v, int) else round(float(v), 6) for name, v in values.items()}
         values["perf/startup_s"] = round(ready - started, 3)
@@ -137,11 +137,6 @@ def _credit(config, rows, raw, normalised, log):
         return None, kept.ravel()
     credit, kept = assign(stage_plan(config), normalised.reshape(-1, config.sample.branches), config)
     return (credit.none(), np.zeros_like(kept)) if flat else (credit, kept)
-
-
-def _targets(config, run):
-    """How many of D-Fusion's targets the earlier stages have scored."""
-    return sum(line.get("fuse/targets", 0) for line in metrics.read(run.metrics) if line["stage"] < config.stage)
 
 
 def _pools(rows, raw):

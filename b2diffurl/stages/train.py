@@ -47,7 +47,6 @@ def main(config, started=None, loaded=None):
     credit, before = credit_of(config, run), run.require_previous()
     experience, negative = read_experience(*rollout_of(config, run), credit)
     loaded = loaded or Models(config)
-    loaded.require_memory()
     learner = _resume(config, *loaded.trainable(before, negative), before)
     baseline = Baseline(config, learner.policy) if config.train.value_baseline else None
     if before and baseline:
