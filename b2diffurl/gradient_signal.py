@@ -7,7 +7,8 @@ stage has, the finer the answer: 160 with shapes, which takes two minutes.
 Both halves' gradients are estimates of one policy gradient S, with noise N of their own. So their cosine is about
 |S|² / (|S|² + |N|²), N of a half, and 0 where the step is noise alone, but for the prompts and their normalisation,
 which the halves share. Unrelated gradients that fill n directions alike have a cosine of ±1/√n. A step's share says how
-much of the whole gradient it is, whatever it is worth.
+much of the whole gradient it is, whatever it is worth. The cosines of all steps up to one say where to stop: with
+config.schedule.untrained the later ones are left out.
 """
 
 import pathlib
@@ -42,7 +43,8 @@ def main(config, out):
     out.mkdir(parents=True, exist_ok=True)
     storage.write_json(out / "gradient_signal.json", table)
     for row in table["steps"]:
-        print("step {step:3d}  gain {gain:7.3f}  share {share:6.3f}  halves' cosine {cosine:+.3f}".format(**row))
+        own = "step {step:3d}  gain {gain:7.3f}  share {share:6.3f}  halves' cosine {cosine:+.3f}".format(**row)
+        print(own + "".join(f"  up to it, {kind} {until:+.3f}" for kind, until in row["up_to"].items()))
     for kind, cosine in table["all_steps"].items():
         print(f"all steps, config.train.step_weights={kind}: halves' cosine {cosine:+.3f}")
 
@@ -67,21 +69,20 @@ def gradients(policy, parameters, experience, half, train):
 
 
 def summary(found, gains):
-    """The table of `gradients`: by step {step, gain, share, cosine}, and the cosine of all steps by kind of weights.
+    """The table of `gradients`: by step {step, gain, share, cosine, up_to}, and the cosine of all by kind of weights.
 
-    share: of the squared norm of the whole gradient, were the steps' orthogonal.
+    share: of the squared norm of the whole gradient, were the steps' orthogonal. up_to: the cosine of the steps up to
+    this one together, by kind.
     """
     squares = {step: own.sum(0).square().sum().item() for step, own in found.items()}
-    rows = [
-        {"step": s, "gain": gains[s], "share": squares[s] / sum(squares.values()), "cosine": cosine(own)}
-        for s, own in found.items()
-    ]
-    steps, all_steps = torch.tensor([*found]), {}
-    for kind in KINDS:
-        weights = step_weights(gains.get, steps, kind)
-        weights = torch.ones(len(steps)) if weights is None else weights
-        all_steps[kind] = cosine(sum(own * w for own, w in zip(found.values(), weights.tolist(), strict=True)))
-    return {"steps": rows, "all_steps": all_steps}
+    steps, rows, sums = torch.tensor([*found]), [], {}
+    weights = {kind: step_weights(gains.get, steps, kind) for kind in KINDS}
+    for place, (step, own) in enumerate(found.items()):
+        for kind, of_kind in weights.items():
+            sums[kind] = sums.get(kind, 0.0) + own * (1.0 if of_kind is None else of_kind[place].item())
+        rows.append({"step": step, "gain": gains[step], "share": squares[step] / sum(squares.values())})
+        rows[-1] |= {"cosine": cosine(own), "up_to": {kind: cosine(total) for kind, total in sums.items()}}
+    return {"steps": rows, "all_steps": rows[-1]["up_to"]}
 
 
 def cosine(halves):

@@ -57,14 +57,17 @@ def test_the_protocols_numbers():
     }  # fmt: skip
     assert (ladder.DARK, ladder.PLAIN, ladder.LEFT) == (0.4, 0.022, 13.5)
     assert (DESIGNS["dfusion"].seeds, DESIGNS["dfusion"].budget) == (tuple(range(401, 411)), 720)
-    assert SPARSE.arms["b2_lean"] == {
-        "method": "b2", "train.step_weights": "inverse_gain", "select.credit": "group", "sample.groups": 24,
-        "train.num_epochs": 1,
+    lean = {
+        "select.credit": "all", "sample.groups": 24, "train.num_epochs": 1, "schedule.untrained": 10,
+        "train.algorithm": "dpok", "train.kl_weight": 0.1, "train.learning_rate": 4e-3,
+        "train.trajectories_per_update": 16,
     }  # fmt: skip
+    assert SPARSE.arms["b2_lean"] == {"method": "b2", "schedule.right": 17, **lean}
+    assert SPARSE.arms["ddpo_lean"] == {"method": "ddpo", **lean}
     assert SPARSE.rivals == ("b2", "ddpo")
     others = ("ddpo", "ddpo_contrast", "ddpo_bpt", "ddpo_bs")
     assert SPARSE.comparisons == (*(("b2", other) for other in others), ("b2_lean", "ddpo_lean"))
-    assert SPARSE.search_seeds == (201, 202, 203)
+    assert SPARSE.search_seeds == (202, 203)
     for arm in SPARSE.arms:  # the same effort on rates and updates
         tried = [
             own for own in SPARSE.grid[arm] if own.keys() == {"train.learning_rate", "train.trajectories_per_update"}
@@ -202,7 +205,7 @@ def test_the_primary_outcome_is_over_the_seeds_that_have_all_tasks():
         for seed, end in enumerate(own) for row in rows_of(arm, seed, (0.3, end))
     ]  # fmt: skip
     two = SPARSE._replace(tasks=base)
-    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), two)[2:]
+    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), base, two)[2:]
     gaps = [((0.5 - 0.6) + (0.4 - 0.3)) / 2, ((0.7 - 0.6) + (0.5 - 0.3)) / 2]
     mean, low, high = interval(gaps)
     wanted = (
@@ -210,9 +213,23 @@ def test_the_primary_outcome_is_over_the_seeds_that_have_all_tasks():
     )
     assert line.startswith(wanted)
     assert line.endswith("| 1.00 | not decided: 2 of 10 seeds |")
-    assert benchmark_report.primary(benchmark_report.runs_of(rows[:1]), two) == []
+    assert benchmark_report.primary(benchmark_report.runs_of(rows[:1]), base, two) == []
     more = SPARSE._replace(tasks=(*base, "a task without runs"))
-    assert benchmark_report.primary(benchmark_report.runs_of(rows), more) == []
+    assert benchmark_report.primary(benchmark_report.runs_of(rows), base, more) == []
+
+
+def test_diversity_is_compared_where_both_first_have_a_success():
+    def run(*points):
+        return [{"success_test": 0.5, "success_train": own, "diversity_train": diversity} for own, diversity in points]
+
+    base = {"success_train": 0.2, "diversity_train": 0.5}
+    slow, fast = run((0.3, 0.4), (0.5, 0.2), (0.4, 0.1)), run((0.8, 0.2), (0.9, 0.0))
+    at = 0.5 + (0.5 - 0.2) / (0.8 - 0.2) * (0.2 - 0.5)  # the fast one's at 0.5, the slow one's best
+    assert paths.diversity_gap(slow, fast, base) == pytest.approx(0.2 - at)
+    assert paths.diversity_gap(fast, slow, base) == pytest.approx(at - 0.2)
+    assert paths.diversity_gap(run((0.1, 0.0)), fast, base) == 0  # where one never leaves the base model's
+    unevaluated = {"stage": 0, "queries": 120}
+    assert paths.diversity_gap([unevaluated, *slow], fast, base) == pytest.approx(0.2 - at)
 
 
 def test_the_interquartile_mean_is_over_all_tasks_and_drawn_within_each():
@@ -310,8 +327,8 @@ def test_the_reports_other_columns():
     rows = [stage_of("b2_lean", seed, (0.5, 0.7, 0.1), 1e6) for seed in (0, 1)]
     rows += [stage_of("b2", seed, (0.6, 0.9, 0.3), 4e6) for seed in (0, 1)]
     runs = benchmark_report.runs_of(rows)
-    (line,) = benchmark_report.primary(runs, SPARSE._replace(tasks=base, rivals=("b2",)))[2:]
-    assert line.endswith("| -0.200 [-0.200, -0.200] | 0.25 | not decided: 2 of 10 seeds |")
+    (line,) = benchmark_report.primary(runs, base, SPARSE._replace(tasks=base, rivals=("b2",)))[2:]
+    assert line.endswith("| -0.233 [-0.233, -0.233] | 0.25 | not decided: 2 of 10 seeds |")  # 0.1 - b2's at 0.7
     lines = benchmark_report.table(runs, base)
     assert lines[2] == "| dark | base model | | | | 0.200 | | | 0.300 | 0.400 | |"
     area, end, train, diversity = (f"{value:.3f} [{value:.3f}, {value:.3f}]" for value in (0.35, 0.5, 0.7, 0.1))
@@ -319,25 +336,26 @@ def test_the_reports_other_columns():
     assert lines[4] == f"| dark | b2_lean |  | 2 | {area} | {end} | {never} | {never} | {train} | {diversity} | 1.00 |"
     failed = [{**row, "failed": "x", "forwards": 0, "diversity_train": 0.4} for row in rows if row["arm"] == "b2_lean"]
     again = benchmark_report.runs_of([*rows[2:], failed[0], rows[1]])
-    (line,) = benchmark_report.primary(again, SPARSE._replace(tasks=base, rivals=("b2",)))[2:]
-    assert line.endswith("| -0.200 | 0.25 | not decided: 2 of 10 seeds |")  # of the other seed
+    (line,) = benchmark_report.primary(again, base, SPARSE._replace(tasks=base, rivals=("b2",)))[2:]
+    assert line.endswith("| -0.233 | 0.25 | not decided: 2 of 10 seeds |")  # of the other seed
     assert benchmark_report.table(again, base)[4].endswith("| 0.100 | 1.00 |")  # diversity too
     none = benchmark_report.runs_of([*rows[2:], *failed])
-    (line,) = benchmark_report.primary(none, SPARSE._replace(tasks=base, rivals=("b2",), seeds=(0, 1)))[2:]
+    (line,) = benchmark_report.primary(none, base, SPARSE._replace(tasks=base, rivals=("b2",), seeds=(0, 1)))[2:]
     assert line.endswith("| - | - | False |")
     assert benchmark_report.table(none, base)[4].endswith("|  |  |")
 
 
 @pytest.mark.parametrize(
     ("end", "diversity", "passes", "holds"),
-    [(0.59, 0.3, 4e6, True), (0.57, 0.3, 1e6, False), (0.9, 0.28, 1e6, False), (0.9, 0.295, 4.1e6, False)],
+    [(0.59, 0.33, 4e6, True), (0.57, 0.33, 1e6, False), (0.9, 0.32, 1e6, False), (0.9, 0.325, 4.1e6, False)],
 )
 def test_what_the_primary_outcome_asks_for(end, diversity, passes, holds):
     design = SPARSE._replace(tasks=("dark",), rivals=("b2",), seeds=(0, 1))
     assert (design.margin, design.diversity_margin) == (0.02, 0.01)
+    base = {"dark": {"success_train": 0.3, "diversity_train": 0.4}}  # b2 is at 0.333 where it passes 0.7
     rows = [stage_of("b2_lean", seed, (end, 0.7, diversity), passes) for seed in (0, 1)]
     rows += [stage_of("b2", seed, (0.6, 0.9, 0.3), 4e6) for seed in (0, 1)]
-    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), design)[2:]
+    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), base, design)[2:]
     assert line.endswith(f"| {holds} |")
 
 

@@ -40,6 +40,7 @@ def test_the_summary_in_numbers():
     for kind, halves in (("one", whole), ("inverse_gain", weighted)):
         wanted = (halves[0] @ halves[1] / halves[0].norm() / halves[1].norm()).item()
         assert table["all_steps"][kind] == pytest.approx(wanted)
+        assert [row["up_to"][kind] for row in table["steps"]] == pytest.approx([1, wanted])
 
 
 def test_the_command_on_a_stage(tmp_path, monkeypatch):

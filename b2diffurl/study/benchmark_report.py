@@ -6,7 +6,7 @@ import numpy as np
 
 from ..seeds import holm, interval, lower_bound, p_value, stratified
 from . import benchmark_ratios
-from .paths import area, path_of, spent_to, until
+from .paths import area, diversity_gap, path_of, spent_to, until
 
 MARKS = (0.8, 0.9)  # of held-out success
 AXES = {"queries": "reward queries", "forwards": "forward passes (training one transition is 3)"}
@@ -23,7 +23,7 @@ def write(out, rows, base, design):
 def text(rows, base, design):
     """What table.md says."""
     runs = runs_of(rows)
-    parts = table(runs, base), middles(runs, base), primary(runs, design), differences(runs, base, design)
+    parts = table(runs, base), middles(runs, base), primary(runs, base, design), differences(runs, base, design)
     return "\n\n".join("\n".join(lines) for lines in (*parts, failures(rows)) if lines) + "\n"
 
 
@@ -96,24 +96,29 @@ def _median(values):
     return f"{np.median(values):.0f} ({reached} of {len(values)})".replace("inf", "-")
 
 
-def primary(runs, design):
+def primary(runs, base, design):
     """Markdown lines: design.lean at its end against its rivals at theirs, every seed's value the mean of the tasks.
 
-    Only over the seeds that have all of them. Runs that stopped with an error have no part in diversity and passes.
+    Only over the seeds that have all of them. Diversity is compared at equal success (paths.diversity_gap); runs that
+    stopped with an error have no part in it, nor in passes.
     """
-    lines = ["| primary | seeds | held-out: end | one-sided 95 % bound | diversity | forward passes, ratio | holds |"]
-    lines.append("| --- " * 7 + "|")
+    head = "| primary | seeds | held-out: end | one-sided 95 % bound | diversity at equal success | passes | holds |"
+    lines = [head, "| --- " * 7 + "|"]
     for other in design.rivals:
         pairs = [(runs.get((task, design.lean, ""), {}), runs.get((task, other, ""), {})) for task in design.tasks]
         seeds = sorted(set.intersection(*(own.keys() & theirs.keys() for own, theirs in pairs)))
         if len(seeds) < 2:
             continue
-        ends = [[(own[seed][-1], theirs[seed][-1]) for own, theirs in pairs] for seed in seeds]
-        gaps, whole = _gaps(ends, "success_test"), [own for own in ends if not any("failed" in r for r in sum(own, ()))]
+        by_seed = [[(own[seed], theirs[seed]) for own, theirs in pairs] for seed in seeds]
+        gaps = [np.mean([a[-1]["success_test"] - b[-1]["success_test"] for a, b in of_seed]) for of_seed in by_seed]
+        whole = [of_seed for of_seed in by_seed if not any("failed" in run[-1] for both in of_seed for run in both)]
         bound, diversity, ratio, holds = lower_bound(gaps), "-", "-", False
         if whole:
-            gaps_of_diversity = _gaps(whole, "diversity_train")
-            passes = np.mean([own["forwards"] / theirs["forwards"] for of_seed in whole for own, theirs in of_seed])
+            gaps_of_diversity = [
+                np.mean([diversity_gap(*both, base[task]) for task, both in zip(design.tasks, of_seed, strict=True)])
+                for of_seed in whole
+            ]
+            passes = np.mean([a[-1]["forwards"] / b[-1]["forwards"] for of_seed in whole for a, b in of_seed])
             diversity, ratio = said_of(gaps_of_diversity, "+.3f"), f"{passes:.2f}"
             holds = bound > -design.margin and np.mean(gaps_of_diversity) >= -design.diversity_margin and passes <= 1
         wanted = len(design.seeds)
@@ -124,11 +129,6 @@ def primary(runs, design):
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines if len(lines) > 2 else []
-
-
-def _gaps(ends, figure):
-    """Of [[(own row, other's row) by task] by seed]: the mean difference of a figure over the tasks, by seed."""
-    return [np.mean([own[figure] - theirs[figure] for own, theirs in of_seed]) for of_seed in ends]
 
 
 def differences(runs, base, design):

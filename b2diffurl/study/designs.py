@@ -46,17 +46,16 @@ def rates_and_updates(*counts):
 
 
 ATTRIBUTE = Task("clip", "right", "study", "search")
-CROSS = tuple(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))
-TREE = {
-    "schedule.left": 17, "schedule.right": 17, "sample.groups": 15, "sample.branches": 8,
-    "schedule.forks": ((3, 2), (7, 2), (12, 2)),
+LEAN = {
+    "select.credit": "all", "sample.groups": 24, "train.num_epochs": 1, "schedule.untrained": 10,
+    "train.algorithm": "dpok", "train.kl_weight": 0.1, "train.learning_rate": 4e-3, "train.trajectories_per_update": 16,
 }  # fmt: skip
-LEAN = {"train.step_weights": "inverse_gain", "select.credit": "group", "sample.groups": 24, "train.num_epochs": 1}
 SPARSE = Design(
     folder="docs/benchmark",
     tasks={
         "attribute": ATTRIBUTE,
-        **{name: Task(f"{LADDER}right_{name}", f"right_{name}", "study") for name in ("dark", "plain", "left")},
+        **{name: Task(f"{LADDER}right_{name}", f"right_{name}", "study") for name in ("dark", "plain")},
+        "left": Task(f"{LADDER}right_left", "right_left", "study", "search"),
     },
     shared={"train.log_prob": "sum", "train.clip_range": 0.2, "train.learning_rate": 8e-3},
     arms={
@@ -65,7 +64,7 @@ SPARSE = Design(
         "ddpo_bpt": {"method": "ddpo_bpt"},
         "ddpo_bs": {"method": "ddpo_bs", "schedule.right": 17},
         "b2": {"method": "b2"},
-        "b2_lean": {"method": "b2", **LEAN},
+        "b2_lean": {"method": "b2", "schedule.right": 17, **LEAN},
         "ddpo_lean": {"method": "ddpo", **LEAN},
     },
     budget=1440,
@@ -74,12 +73,11 @@ SPARSE = Design(
         **dict.fromkeys(("ddpo", "ddpo_bpt"), rates_and_updates(32, 64)),
         **dict.fromkeys(("ddpo_contrast", "ddpo_bs", "b2"), rates_and_updates(16, 32)),
         "b2_lean": [
-            *rates_and_updates(32, 64), {"train.num_epochs": 2}, {"train.learning_rate": 1.6e-2},
-            {"train.lora_targets": CROSS}, {"sample.groups": 12, "sample.branches": 10}, {"schedule.left": 17}, TREE,
+            *rates_and_updates(16, 32), {"schedule.untrained": 0}, {"select.credit": "contrast"},
+            {"select.credit": "group"}, {"sample.groups": 48}, {"train.num_epochs": 2}, {"schedule.right": 20},
+            {"train.step_weights": "inverse_gain"}, {"train.algorithm": "ddpo_is"}, {"train.kl_weight": 0.03},
         ],
-        "ddpo_lean": [
-            *rates_and_updates(32, 64), {"sample.groups": 8, "sample.branches": 15}, {"select.credit": "all"},
-        ],
+        "ddpo_lean": rates_and_updates(16, 32),
     },
     comparisons=(
         ("b2", "ddpo"), ("b2", "ddpo_contrast"), ("b2", "ddpo_bpt"), ("b2", "ddpo_bs"), ("b2_lean", "ddpo_lean"),
@@ -88,7 +86,7 @@ SPARSE = Design(
     rivals=("b2", "ddpo"),
     reference="ddpo",
     seeds=tuple(range(501, 511)),
-    search_seeds=(201, 202, 203),
+    search_seeds=(202, 203),
 )  # fmt: skip
 
 FUSED = {"method": "dfusion", "sample.groups": 10}  # 160 images and 80 targets per stage

@@ -34,3 +34,17 @@ def until(path, last):
     if last >= x[-1]:
         return path
     return np.append(x[x < last], last), np.append(y[x < last], np.interp(last, x, y))
+
+
+def diversity_gap(run, other, base):
+    """Diversity on train prompts of a run minus another's, each where it first has the success that both come to.
+
+    That is the lower of their best ones, found on straight lines from the base model on.
+    """
+    paths = []
+    for own in (run, other):
+        rows = [base, *(row for row in own if "success_test" in row)]
+        paths.append(([row["diversity_train"] for row in rows], [row["success_train"] for row in rows]))
+    level = min(max(success) for _, success in paths)
+    ours, theirs = (spent_to(path, level) for path in paths)
+    return ours - theirs
