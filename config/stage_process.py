@@ -1,8 +1,9 @@
 """Every setting of a run, by preset: `--config config/stage_process.py:PRESET --config.x.y=value`.
 
-`sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size, and `shapes_flow` that with
-a flow-matching model; `shapes_dfusion` is D-Fusion in that world. `sdxl`, `sd3.5` and `flux` carry it to larger
-models, `dfusion_sd2.1` is D-Fusion's run. None of these four, nor `sdv1.4`, has been run here with published weights.
+`sdv1.4` is the paper's run, number for number; `shapes` is the same method at laptop size, `shapes_lean` that for half
+of the reward queries, and `shapes_flow` with a flow-matching model; `shapes_dfusion` is D-Fusion in that world. `sdxl`,
+`sd3.5` and `flux` carry it to larger models, `dfusion_sd2.1` is D-Fusion's run. None of these four, nor `sdv1.4`, has
+been run here with published weights.
 In brackets: the name in the authors' code, where it differs.
 """
 
@@ -12,8 +13,8 @@ import ml_collections
 def get_config(preset="sdv1.4"):
     """The ConfigDict of a preset. Raises ValueError for an unknown one."""
     presets = {
-        "sdv1.4": sdv1_4, "sdxl": sdxl, "sd3.5": sd3_5, "flux": flux, "shapes": shapes, "shapes_flow": shapes_flow,
-        "shapes_dfusion": shapes_dfusion, "dfusion_sd2.1": dfusion_sd2_1,
+        "sdv1.4": sdv1_4, "sdxl": sdxl, "sd3.5": sd3_5, "flux": flux, "shapes": shapes, "shapes_lean": shapes_lean,
+        "shapes_flow": shapes_flow, "shapes_dfusion": shapes_dfusion, "dfusion_sd2.1": dfusion_sd2_1,
     }  # fmt: skip
     if preset not in presets:
         raise ValueError(f"unknown preset {preset!r}: {', '.join(presets)}")
@@ -182,6 +183,21 @@ def shapes():
     config.evaluate.lpips = False  # its network needs pictures of 64x64 at least
     config.evaluate.inception_score = False  # tells photographs apart, not shapes
     config.evaluate.oracle = True
+    return config.lock()
+
+
+def shapes_lean():
+    """`b2_lean` of docs/benchmark/protocol.md: `shapes` with half of its reward queries, 1440."""
+    config = shapes().unlock()
+    config.exp_name = "shapes_lean"
+    config.schedule.right = 17  # steps 6 to 9 at first, 3 to 9 at last
+    config.schedule.untrained = 10  # the last ten add noise to the gradient, and next to nothing that two halves share
+    config.select.credit = "all"  # every branch
+    config.sample.groups = 24  # smaller stages: 120 queries
+    config.train.num_epochs = 1
+    config.train.trajectories_per_update = 16
+    config.train.algorithm = "dpok"
+    config.train.kl_weight = 0.1  # without it diversity falls, and a prompt can collapse to one wrong colour
     return config.lock()
 
 

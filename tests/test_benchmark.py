@@ -75,6 +75,13 @@ def test_the_protocols_numbers():
         assert len(tried) == 4
 
 
+def test_the_preset_is_the_arm():
+    preset = parse(["x", "--config", "config/stage_process.py:shapes_lean"])[0]
+    for name, value in {**SPARSE.shared, **SPARSE.arms["b2_lean"]}.items():
+        room, field = name.split(".") if "." in name else (None, name)
+        assert (preset[room] if room else preset)[field] == value, name
+
+
 PUBLISHED = [
     (design, path) for design in DESIGNS.values() for path in sorted(pathlib.Path(design.folder).glob("*/results.csv"))
 ]
@@ -230,6 +237,21 @@ def test_diversity_is_compared_where_both_first_have_a_success():
     assert paths.diversity_gap(run((0.1, 0.0)), fast, base) == 0  # where one never leaves the base model's
     unevaluated = {"stage": 0, "queries": 120}
     assert paths.diversity_gap([unevaluated, *slow], fast, base) == pytest.approx(0.2 - at)
+
+
+def test_what_a_searchs_choice_goes_by():
+    base = {task: {"success_test": 0.2, "success_train": 0.4} for task in ("dark", "left")}
+    runs = {
+        (task, "b2", settings): {
+            seed: [{"queries": 240, "success_test": end + seed / 10, "success_train": 0.8}] for seed in (0, 1)
+        }
+        for task, settings, end in (("dark", "", 0.9), ("dark", "x 1", 0.4), ("left", "x 1", 0.6), ("left", "y 1", 0.8))
+    }
+    lines = benchmark_report.searched(runs, base)[2:]
+    of_x = np.mean([(0.2 + end) / 2 for end in (0.4, 0.5, 0.6, 0.7)])
+    assert lines[0] == f"| b2 | x 1 | dark, left | 4 | {(of_x + 0.6) / 2:.3f} | 0.550 |"
+    assert [line.split(" | ")[1:4] for line in lines] == [["x 1", "dark, left", "4"], ["y 1", "left", "2"]]
+    assert benchmark_report.searched({cell: own for cell, own in runs.items() if not cell[2]}, base) == []
 
 
 def test_the_interquartile_mean_is_over_all_tasks_and_drawn_within_each():

@@ -42,6 +42,7 @@ HERE = [  # in this order: (command, {what is put in for what}, what is added)
         'LAUNCH="torchrun --standalone --nproc_per_node 2" PRESET=shapes bash run_process.sh',
         {}, f"{SMALL} --config.exp_name=two",
     ),
+    (f"PRESET=shapes_lean {RUN}", {}, SMALL),
     (f"PRESET=shapes_dfusion {RUN}", {}, f"{SMALL} --config.schedule.left=5 --config.schedule.right=5"),
     (f"PRESET=shapes_flow {RUN}", {}, SMALL),
     (f"PRESET=shapes_flow {RUN} --config.seed=S", {"=S": "=300"}, SMALL),

@@ -23,7 +23,8 @@ def write(out, rows, base, design):
 def text(rows, base, design):
     """What table.md says."""
     runs = runs_of(rows)
-    parts = table(runs, base), middles(runs, base), primary(runs, base, design), differences(runs, base, design)
+    parts = table(runs, base), searched(runs, base), middles(runs, base), primary(runs, base, design)
+    parts += (differences(runs, base, design),)
     return "\n\n".join("\n".join(lines) for lines in (*parts, failures(rows)) if lines) + "\n"
 
 
@@ -65,6 +66,25 @@ def table(runs, base):
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def searched(runs, base):
+    """Markdown lines of a search: what the choice goes by, of every arm's settings, means over tasks and seeds.
+
+    areas: the mean of those on train and on held-out prompts.
+    """
+    lines = ["| searched arm | settings | tasks | runs | areas | held-out: end |", "| --- " * 6 + "|"]
+    for arm, settings in dict.fromkeys((arm, settings) for _, arm, settings in runs if settings):
+        by_task = {task: [*own.values()] for (task, *cell), own in runs.items() if cell == [arm, settings]}
+        areas = [
+            np.mean([area(path_of(run, base[task], part=part)) for run in own for part in ("train", "test")])
+            for task, own in by_task.items()
+        ]
+        ends = [np.mean([run[-1]["success_test"] for run in own]) for own in by_task.values()]
+        count = sum(map(len, by_task.values()))
+        cells = arm, settings, ", ".join(by_task), str(count), f"{np.mean(areas):.3f}", f"{np.mean(ends):.3f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []
 
 
 def _whole(ends, figure, said):

@@ -5,10 +5,13 @@ import itertools
 import numpy as np
 
 
-def path_of(run, base, across="queries"):
-    """A run's rows -> (across (n,), held-out success (n,)), from the base model at 0 through every evaluated stage."""
+def path_of(run, base, across="queries", part="test"):
+    """A run's rows -> (across (n,), success (n,)), from the base model at 0 through every evaluated stage.
+
+    part: test for held-out prompts, or train.
+    """
     seen = [row for row in run if "success_test" in row]
-    heights = [base["success_test"], *(row["success_test"] for row in seen)]
+    heights = [base[f"success_{part}"], *(row[f"success_{part}"] for row in seen)]
     return np.array([0, *(row[across] for row in seen)]), np.array(heights)
 
 
