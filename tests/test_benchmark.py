@@ -50,7 +50,13 @@ def test_the_protocols_numbers():
     """They were written down before the runs: what changes here changes the protocol."""
     assert (SPARSE.seeds, SPARSE.budget, SPARSE.every) == (tuple(range(501, 511)), 1440, 240)
     assert SPARSE.less == {"b2_lean": 720, "ddpo_lean": 720}
-    assert SPARSE.shared == {"train.log_prob": "sum", "train.clip_range": 0.2, "train.learning_rate": 8e-3}
+    assert SPARSE.shared == {"train.log_prob": "sum", "train.clip_range": 0.2}
+    chosen = {
+        "ddpo": (8e-3, 64), "ddpo_contrast": (4e-3, 32), "ddpo_bpt": (4e-3, 32), "ddpo_bs": (8e-3, 16), "b2": (4e-3, 32)
+    }  # fmt: skip
+    for arm, own in chosen.items():
+        names = ("train.learning_rate", "train.trajectories_per_update")
+        assert tuple(SPARSE.arms[arm][name] for name in names) == own
     assert SPARSE.arms["ddpo_bs"]["schedule.right"] == 17
     assert {name: task.success for name, task in SPARSE.tasks.items()} == {
         "attribute": "right", "dark": "right_dark", "plain": "right_plain", "left": "right_left"

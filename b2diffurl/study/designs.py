@@ -36,19 +36,20 @@ class Design(typing.NamedTuple):
     search_seeds: tuple = (201,)
 
 
+def rate_and_updates(rate, count):
+    """Settings: a learning rate, and trajectories per update."""
+    return {"train.learning_rate": rate, "train.trajectories_per_update": count}
+
+
 def rates_and_updates(*counts):
     """Two learning rates, each with several numbers of trajectories per update."""
-    return [
-        {"train.learning_rate": rate, "train.trajectories_per_update": count}
-        for rate in (4e-3, 8e-3)
-        for count in counts
-    ]
+    return [rate_and_updates(rate, count) for rate in (4e-3, 8e-3) for count in counts]
 
 
 ATTRIBUTE = Task("clip", "right", "study", "search")
 LEAN = {
     "select.credit": "all", "sample.groups": 24, "train.num_epochs": 1, "schedule.untrained": 10,
-    "train.algorithm": "dpok", "train.kl_weight": 0.1, "train.learning_rate": 4e-3, "train.trajectories_per_update": 16,
+    "train.algorithm": "dpok", "train.kl_weight": 0.1, **rate_and_updates(4e-3, 16),
 }  # fmt: skip
 SPARSE = Design(
     folder="docs/benchmark",
@@ -57,13 +58,13 @@ SPARSE = Design(
         **{name: Task(f"{LADDER}right_{name}", f"right_{name}", "study") for name in ("dark", "plain")},
         "left": Task(f"{LADDER}right_left", "right_left", "study", "search"),
     },
-    shared={"train.log_prob": "sum", "train.clip_range": 0.2, "train.learning_rate": 8e-3},
+    shared={"train.log_prob": "sum", "train.clip_range": 0.2},
     arms={
-        "ddpo": {"method": "ddpo"},
-        "ddpo_contrast": {"method": "ddpo", "select.credit": "contrast"},
-        "ddpo_bpt": {"method": "ddpo_bpt"},
-        "ddpo_bs": {"method": "ddpo_bs", "schedule.right": 17},
-        "b2": {"method": "b2"},
+        "ddpo": {"method": "ddpo", **rate_and_updates(8e-3, 64)},
+        "ddpo_contrast": {"method": "ddpo", "select.credit": "contrast", **rate_and_updates(4e-3, 32)},
+        "ddpo_bpt": {"method": "ddpo_bpt", **rate_and_updates(4e-3, 32)},
+        "ddpo_bs": {"method": "ddpo_bs", "schedule.right": 17, **rate_and_updates(8e-3, 16)},
+        "b2": {"method": "b2", **rate_and_updates(4e-3, 32)},
         "b2_lean": {"method": "b2", "schedule.right": 17, **LEAN},
         "ddpo_lean": {"method": "ddpo", **LEAN},
     },
