@@ -191,7 +191,7 @@ def shapes_lean():
     config = shapes().unlock()
     config.exp_name = "shapes_lean"
     config.schedule.right = 17  # steps 6 to 9 at first, 3 to 9 at last
-    config.schedule.untrained = 10  # the last ten add noise to the gradient, and next to nothing that two halves share
+    config.schedule.untrained = 10  # the last ten add more noise to the gradient than halves agree on
     config.select.credit = "all"  # every branch
     config.sample.groups = 24  # smaller stages: 120 queries
     config.train.num_epochs = 1

@@ -13,7 +13,7 @@ from b2diffurl.evaluate import before_after
 from b2diffurl.models import Models
 from b2diffurl.run import metrics
 from b2diffurl.run.command import parse
-from b2diffurl.run.folder import Run
+from b2diffurl.run.folder import Run, flat
 from b2diffurl.run.prompts import read_prompts
 from b2diffurl.seeds import interval, iqm, lower_bound, p_value, stratified
 from b2diffurl.shapes import ladder
@@ -74,18 +74,27 @@ def test_the_protocols_numbers():
     others = ("ddpo", "ddpo_contrast", "ddpo_bpt", "ddpo_bs")
     assert SPARSE.comparisons == (*(("b2", other) for other in others), ("b2_lean", "ddpo_lean"))
     assert SPARSE.search_seeds == (202, 203)
-    for arm in SPARSE.arms:  # the same effort on rates and updates
+    assert [name for name, task in SPARSE.tasks.items() if task.search == "search"] == ["attribute", "left"]
+    changed = [own for own in SPARSE.grid["b2_lean"] if "train.learning_rate" not in own]
+    assert changed == [
+        {"schedule.untrained": 0}, {"select.credit": "contrast"}, {"select.credit": "group"}, {"sample.groups": 48},
+        {"train.num_epochs": 2}, {"schedule.right": 20}, {"train.step_weights": "inverse_gain"},
+        {"train.algorithm": "ddpo_is"}, {"train.kl_weight": 0.03},
+    ]  # fmt: skip
+    for arm in SPARSE.arms:  # as many settings of rates and updates
         tried = [
             own for own in SPARSE.grid[arm] if own.keys() == {"train.learning_rate", "train.trajectories_per_update"}
         ]
         assert len(tried) == 4
 
 
-def test_the_preset_is_the_arm():
+def test_the_preset_is_the_arm(tmp_path):
     preset = parse(["x", "--config", "config/stage_process.py:shapes_lean"])[0]
-    for name, value in {**SPARSE.shared, **SPARSE.arms["b2_lean"]}.items():
-        room, field = name.split(".") if "." in name else (None, name)
-        assert (preset[room] if room else preset)[field] == value, name
+    assert preset.schedule.stage_count * benchmark.queries(preset) == 1440
+    arm = flat(benchmark.configure(benchmark.Job("attribute", "b2_lean", 501), tmp_path, SPARSE))
+    others = ("exp_name", "save_path", "seed", "schedule.stage_count", "evaluate.images_per_prompt")
+    for name, value in flat(preset).items():
+        assert name in others or name.startswith(("keep.", "prompts.")) or arm[name] == value, name
 
 
 PUBLISHED = [
@@ -241,22 +250,43 @@ def test_diversity_is_compared_where_both_first_have_a_success():
     assert paths.diversity_gap(slow, fast, base) == pytest.approx(0.2 - at)
     assert paths.diversity_gap(fast, slow, base) == pytest.approx(at - 0.2)
     assert paths.diversity_gap(run((0.1, 0.0)), fast, base) == 0  # where one never leaves the base model's
+    twice = run((0.6, 0.3), (0.2, 0.1), (0.6, 0.0))
+    at = 0.5 + (0.5 - 0.2) / (0.6 - 0.2) * (0.3 - 0.5)  # on the way up for the first time
+    assert paths.diversity_gap(twice, slow, base) == pytest.approx(at - 0.2)
+    at = 0.5 + (0.5 - 0.2) / (0.8 - 0.2) * (0.2 - 0.5)
     unevaluated = {"stage": 0, "queries": 120}
     assert paths.diversity_gap([unevaluated, *slow], fast, base) == pytest.approx(0.2 - at)
+
+
+def test_the_primary_outcomes_diversity_is_of_every_task_with_its_own_base_model():
+    base = {
+        task: {"success_test": 0.2, "success_train": 0.3, "diversity_train": own}
+        for task, own in (("dark", 0.4), ("left", 0.8))
+    }
+    rows = [
+        {**stage_of(arm, seed, (0.5, train, 0.1), 1e6), "task": task}
+        for arm, train in (("b2_lean", 0.5), ("b2", 0.7)) for task in base for seed in (0, 1)
+    ]  # fmt: skip
+    (line,) = benchmark_report.primary(benchmark_report.runs_of(rows), base, SPARSE._replace(tasks=base))[2:]
+    gap = np.mean([0.1 - (own + 0.1) / 2 for own in (0.4, 0.8)])  # b2 is half way where it passes 0.5
+    assert f"| {gap:+.3f} [" in line
 
 
 def test_what_a_searchs_choice_goes_by():
     base = {task: {"success_test": 0.2, "success_train": 0.4} for task in ("dark", "left")}
     runs = {
         (task, "b2", settings): {
-            seed: [{"queries": 240, "success_test": end + seed / 10, "success_train": 0.8}] for seed in (0, 1)
+            seed: [{"queries": 240, "success_test": end + seed / 10, "success_train": 0.83}] for seed in (0, 1)
         }
         for task, settings, end in (("dark", "", 0.9), ("dark", "x 1", 0.4), ("left", "x 1", 0.6), ("left", "y 1", 0.8))
     }
+    del runs["left", "b2", "x 1"][1]  # tasks count alike, whatever seeds they have
+    runs["dark", "ddpo", "x 1"] = runs["dark", "b2", ""]
     lines = benchmark_report.searched(runs, base)[2:]
-    of_x = np.mean([(0.2 + end) / 2 for end in (0.4, 0.5, 0.6, 0.7)])
-    assert lines[0] == f"| b2 | x 1 | dark, left | 4 | {(of_x + 0.6) / 2:.3f} | 0.550 |"
-    assert [line.split(" | ")[1:4] for line in lines] == [["x 1", "dark, left", "4"], ["y 1", "left", "2"]]
+    of_x = ((0.2 + 0.45) / 2 + (0.2 + 0.6) / 2) / 2
+    assert lines.pop() == f"| ddpo | x 1 | dark | 2 | {((0.2 + 0.95) / 2 + 0.615) / 2:.3f} | 0.950 |"
+    assert lines[0] == f"| b2 | x 1 | dark, left | 3 | {(of_x + 0.615) / 2:.3f} | 0.525 |"
+    assert [line.split(" | ")[1:4] for line in lines] == [["x 1", "dark, left", "3"], ["y 1", "left", "2"]]
     assert benchmark_report.searched({cell: own for cell, own in runs.items() if not cell[2]}, base) == []
 
 

@@ -122,7 +122,9 @@ def primary(runs, base, design):
     Only over the seeds that have all of them. Diversity is compared at equal success (paths.diversity_gap); runs that
     stopped with an error have no part in it, nor in passes.
     """
-    head = "| primary | seeds | held-out: end | one-sided 95 % bound | diversity at equal success | passes | holds |"
+    head = (
+        "| primary | seeds | held-out: end | one-sided 95 % bound | equal success: diversity | passes, ratio | holds |"
+    )
     lines = [head, "| --- " * 7 + "|"]
     for other in design.rivals:
         pairs = [(runs.get((task, design.lean, ""), {}), runs.get((task, other, ""), {})) for task in design.tasks]
