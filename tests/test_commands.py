@@ -114,6 +114,7 @@ ELSEWHERE = {
         "python -m b2diffurl.study.benchmark",
         "python -m b2diffurl.study.benchmark --search --tasks attribute --arms ddpo ddpo_contrast ddpo_bpt ddpo_bs b2 "
         "--seeds 201",
+        "python -m b2diffurl.study.benchmark --search --tasks left --arms ddpo b2 --seeds 201",
         "python -m b2diffurl.study.benchmark --search --arms b2_lean ddpo_lean",
         "python -m b2diffurl.study.benchmark --design dfusion",
         "python -m b2diffurl.study.benchmark --design dfusion --search",
