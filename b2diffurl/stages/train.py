@@ -122,12 +122,13 @@ def _train(config, learner, experience, baseline):
     planned, total = {f"train/updates_by_{unit}": n for unit, n in counts.items()}, counts[train.accumulate_over]
     if not total:
         return {**NO_UPDATE, **planned}
-    began, updates = time.perf_counter(), []
+    updates = []
     before = [parameter.detach().clone() for parameter in learner.parameters]
     experience = weighted(experience, policy.kernel.gain, train.step_weights)
     asked_base = ask_pretrained(policy, experience, train)
     experience.baseline = baseline.of(experience) if baseline else None
     generator = torch.Generator().manual_seed(stream_seed(config.seed, config.stage, "all", "training"))
+    began = time.perf_counter()
     with tqdm(total=total, desc=f"stage {config.stage} train", unit="update", leave=False, disable=None) as bar:
 
         def on_update(statistics, norm):
@@ -143,13 +144,14 @@ def _train(config, learner, experience, baseline):
                 f"stage {config.stage} update {len(updates)}: {error}; the stage was not saved. Lower "
                 f"config.train.learning_rate={train.learning_rate} under a new config.exp_name"
             ) from None
+    trained = time.perf_counter() - began
     values = _figures(updates) | planned | {"train/lora_change": _changed(config, learner.parameters, before)}
     if baseline:
         values["train/value_loss"] = baseline.fit(experience, train.value_epochs, generator)
     if asked_base:
         values["perf/unet_evals_base"] = policy.family.evaluations * asked_base
     values["perf/unet_evals"] = policy.family.evaluations * (asked + asked_base)
-    values["perf/predictions_per_s"] = round(asked / (time.perf_counter() - began), 3)
+    values["perf/predictions_per_s"] = round(asked / trained, 3)
     return values
 
 
