@@ -13,9 +13,10 @@ AXES = {"queries": "reward queries", "forwards": "forward passes (training one t
 
 
 def write(out, rows, base, design):
-    """Write them into the folder `out`; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
+    """Write them into the folder `out`, of a search the table alone; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
     (out / "table.md").write_text(text(rows, base, design), encoding="utf-8")
-    if whole := runs_of([row for row in rows if "failed" not in row]):  # of the figures; the table has the others too
+    shown = [row for row in rows if "failed" not in row and not row["settings"]]  # the table has the others too
+    if whole := runs_of(shown):
         draw(out / "curves.png", whole, base)
         benchmark_ratios.draw(out / "ratios.png", whole, base, design.reference)
 
@@ -98,15 +99,15 @@ def middles(runs, base):
     Only of arms that have runs of every task, and of the seeds that have them all.
     """
     lines = ["| arm | tasks | runs | held-out: IQM of the area | of the end |", "| --- " * 5 + "|"]
-    for arm, settings in dict.fromkeys((arm, settings) for _, arm, settings in runs):
-        by_task = {task: runs.get((task, arm, settings), {}) for task in base}
+    for arm in dict.fromkeys(arm for _, arm, settings in runs if not settings):  # a search has `searched`
+        by_task = {task: runs.get((task, arm, ""), {}) for task in base}
         seeds = sorted(set.intersection(*(set(own) for own in by_task.values())))
         if not seeds:
             continue
         areas = [[area(path_of(own[seed], base[task])) for seed in seeds] for task, own in by_task.items()]
         ends = [[own[seed][-1]["success_test"] for seed in seeds] for own in by_task.values()]
         said = [_between(*stratified(strata)) for strata in (areas, ends)]
-        cells = (f"{arm} {settings}".strip(), ", ".join(by_task), str(sum(map(len, ends))), *said)
+        cells = (arm, ", ".join(by_task), str(sum(map(len, ends))), *said)
         lines.append(f"| {' | '.join(cells)} |")
     return lines if len(lines) > 2 else []
 
@@ -195,12 +196,12 @@ def draw(path, runs, base):
     figure = Figure(figsize=(10, 3.6 * len(tasks)), layout="constrained")
     for panels, task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
         for panel, across in zip(panels, AXES, strict=True):
-            for (_, arm, settings), by_seed in [item for item in runs.items() if item[0][0] == task]:
+            for (_, arm, _), by_seed in [item for item in runs.items() if item[0][0] == task]:
                 paths = [path_of(run, base[task], across=across) for run in by_seed.values()]
                 shortest = min(len(x) for x, _ in paths)
                 x = np.mean([x[:shortest] for x, _ in paths], 0)
                 mean, low, high = np.array([interval([y[i] for _, y in paths]) for i in range(shortest)]).T
-                panel.plot(x, mean, marker=".", label=f"{arm} {settings}".strip())
+                panel.plot(x, mean, marker=".", label=arm)
                 panel.fill_between(x[1:], low[1:], high[1:], alpha=0.15)
             panel.set(title=f"{task}: held-out success", ylim=(0, 1))
             panel.set_xlabel(AXES[across])
