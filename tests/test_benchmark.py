@@ -290,6 +290,16 @@ def test_what_a_searchs_choice_goes_by():
     assert benchmark_report.searched({cell: own for cell, own in runs.items() if not cell[2]}, base) == []
 
 
+def test_a_search_has_a_table_and_no_figures(tmp_path):
+    base = {"dark": {"success_test": 0.2, "success_train": 0.3, "diversity_train": 0.4}}
+    rows = [{**stage_of("b2", 1, (0.5, 0.7, 0.1), 1e6), "settings": "x 1"}]
+    benchmark_report.write(tmp_path, rows, base, SPARSE)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+    assert "| searched arm |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    benchmark_report.write(tmp_path, [{**rows[0], "settings": ""}], base, SPARSE)
+    assert (tmp_path / "curves.png").is_file()
+
+
 def test_the_interquartile_mean_is_over_all_tasks_and_drawn_within_each():
     rng = np.random.default_rng(1)
     assert iqm([9, 1, 2, 3, -50]) == 2

@@ -13,7 +13,10 @@ AXES = {"queries": "reward queries", "forwards": "forward passes (training one t
 
 
 def write(out, rows, base, design):
-    """Write them into the folder `out`, of a search the table alone; rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}."""
+    """Write them into the folder `out`, of a search the table alone.
+
+    rows: dicts of benchmark.COLUMNS; base: {task: figures of the base model}.
+    """
     (out / "table.md").write_text(text(rows, base, design), encoding="utf-8")
     shown = [row for row in rows if "failed" not in row and not row["settings"]]  # the table has the others too
     if whole := runs_of(shown):
