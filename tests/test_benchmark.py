@@ -52,7 +52,7 @@ def test_the_protocols_numbers():
     assert SPARSE.less == {"b2_lean": 720, "ddpo_lean": 720}
     assert SPARSE.shared == {"train.log_prob": "sum", "train.clip_range": 0.2}
     chosen = {
-        "ddpo": (8e-3, 64), "ddpo_contrast": (4e-3, 32), "ddpo_bpt": (4e-3, 32), "ddpo_bs": (8e-3, 16), "b2": (4e-3, 32)
+        "ddpo": (8e-3, 64), "ddpo_contrast": (4e-3, 32), "ddpo_bpt": (4e-3, 32), "ddpo_bs": (8e-3, 16), "b2": (4e-3, 16)
     }  # fmt: skip
     for arm, own in chosen.items():
         names = ("train.learning_rate", "train.trajectories_per_update")
@@ -69,7 +69,7 @@ def test_the_protocols_numbers():
         "train.trajectories_per_update": 16,
     }  # fmt: skip
     assert SPARSE.arms["b2_lean"] == {"method": "b2", "schedule.right": 17, **lean}
-    assert SPARSE.arms["ddpo_lean"] == {"method": "ddpo", **lean}
+    assert SPARSE.arms["ddpo_lean"] == {"method": "ddpo", **lean, "train.learning_rate": 8e-3}
     assert SPARSE.rivals == ("b2", "ddpo")
     others = ("ddpo", "ddpo_contrast", "ddpo_bpt", "ddpo_bs")
     assert SPARSE.comparisons == (*(("b2", other) for other in others), ("b2_lean", "ddpo_lean"))
@@ -80,6 +80,7 @@ def test_the_protocols_numbers():
         {"schedule.untrained": 0}, {"select.credit": "contrast"}, {"select.credit": "group"}, {"sample.groups": 48},
         {"train.num_epochs": 2}, {"schedule.right": 20}, {"train.step_weights": "inverse_gain"},
         {"train.algorithm": "ddpo_is"}, {"train.kl_weight": 0.03},
+        {"schedule.untrained": 0, "train.algorithm": "ddpo_is"},
     ]  # fmt: skip
     for arm in SPARSE.arms:  # as many settings of rates and updates
         tried = [
