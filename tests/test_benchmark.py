@@ -350,17 +350,23 @@ def test_ratios_are_geometric_means_of_paired_seeds_by_sparsity(tmp_path):
     assert first == pytest.approx(np.exp(interval(logs)))
     logs = np.log([240 / 360, 480 / 240])  # dark; b2's second run never comes there
     assert second == pytest.approx(np.exp(interval(logs)))
-    benchmark_ratios.draw(tmp_path / "ratios.png", runs, base, "ddpo")
+    benchmark_ratios.draw(tmp_path / "ratios.png", runs, base, "ddpo", least=2)
     assert (tmp_path / "ratios.png").stat().st_size > 5000
+    benchmark_ratios.draw(tmp_path / "few.png", runs, base, "ddpo")  # two seeds are not enough
     assert benchmark_ratios.ratios(runs, base, "another", "queries") == {}
     dearer = [{**row, "forwards": 2e6 if row["arm"] == "b2" else 1e6} for row in rows]
     dearer = [{**row, "forwards": row["forwards"] * (row["stage"] + 1)} for row in dearer]
     (sparse, *passes), _ = benchmark_ratios.ratios(benchmark_report.runs_of(dearer), base, "ddpo", "forwards")["b2"]
     assert passes == pytest.approx(2 * np.array(found["b2"][0][1:]))
-    level = [row for seed in (1, 2) for row in rows_of("ddpo", seed, (0.2,) * 4) + rows_of("b2", seed, (0.2,) * 2)]
-    ((_, *even),) = benchmark_ratios.ratios(benchmark_report.runs_of(level), base, "ddpo", "queries")["b2"]
-    assert even == [1, 1, 1]  # neither comes there, and one of them has half of the queries
-    benchmark_ratios.draw(tmp_path / "none.png", runs, base, "another")
+    shorter = [row for seed in (1, 2) for row in rows_of("ddpo", seed, (0.2,) * 4) + rows_of("b2", seed, (0.2, 0.9))]
+    ((_, *even),) = benchmark_ratios.ratios(benchmark_report.runs_of(shorter), base, "ddpo", "queries")["b2"]
+    assert even == pytest.approx([(240 + 240 * 4 / 7) / 480] * 3)  # ddpo, looked at as far as b2, counts with 480
+    fewer = [{**row, "seed": row["seed"] + 2, "success_test": 0.2} for row in shorter]
+    more = [{**row, "seed": row["seed"] + 4, "success_test": 0.2} for row in shorter if row["seed"] == 1]
+    assert benchmark_ratios.ratios(benchmark_report.runs_of(shorter + fewer), base, "ddpo", "queries")
+    of_five = benchmark_report.runs_of(shorter + fewer + more)  # in two of them one comes there
+    assert benchmark_ratios.ratios(of_five, base, "ddpo", "queries") == {}
+    benchmark_ratios.draw(tmp_path / "none.png", runs, base, "another", least=2)
     assert [path.name for path in tmp_path.iterdir()] == ["ratios.png"]
 
 

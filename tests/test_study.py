@@ -10,9 +10,11 @@ import math
 import pathlib
 import shutil
 import string
+import types
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from b2diffurl import models
@@ -307,6 +309,15 @@ def test_a_run_that_fails_is_told_in_the_table_and_stops_no_other(tmp_path, monk
     text = (tmp_path / "table.md").read_text()
     assert "| ddpo_is | ddpo | learning_rate 0.008 | 1 | 9 |" in text
     assert "Failed, and in no mean above: dpo b2 learning_rate 0.008, dpo_beta 1000 7: the gradient is" in text
+
+
+@pytest.mark.parametrize(("gib", "count"), [(None, 16), (79, 16), (11, 5), (1, 1)])
+def test_a_worker_for_every_core_that_the_gpus_memory_has_room_for(gib, count, monkeypatch):
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gib is not None)
+    card = types.SimpleNamespace(total_memory=(gib or 0) * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
+    assert runs.worker_count() == count
 
 
 def test_rows_and_seeds_that_a_study_has_not_are_refused(tmp_path):

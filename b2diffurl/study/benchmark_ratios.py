@@ -9,13 +9,15 @@ from .paths import path_of, spent_to
 
 AXES = {"queries": "reward queries", "forwards": "forward passes"}
 SHARE = 0.5  # the mark: so much of what the base model lacks to success on every held-out prompt
+SEEDS = 5  # the fewest pairs of which an interval is drawn
 
 
 def ratios(runs, base, reference, across):
     """{arm: [(base success, ratio, low, high) by task]}: geometric means over paired seeds, 95 % by Student's t.
 
     runs: as benchmark_report.runs_of has them; across: one of AXES. Both runs of a pair are looked at as far as the
-    one with fewer queries went; one that does not have the mark there counts with all that it spent so far.
+    one with fewer queries went; one that does not have the mark there counts with all that it spent so far. A task on
+    which most pairs have no run that has it says nothing and is left out.
     """
     found = {}
     for (task, arm, settings), by_seed in runs.items():
@@ -25,35 +27,48 @@ def ratios(runs, base, reference, across):
             continue
         start = base[task]["success_test"]
         mark = start + SHARE * (1 - start)
-        logs = []
+        logs, reached = [], 0
         for pair in [(by_seed[seed], others[seed]) for seed in seeds]:
             last = min(run[-1]["queries"] for run in pair)
-            own, theirs = (_spent([r for r in run if r["queries"] <= last], base[task], mark, across) for run in pair)
+            cut = [path_of([r for r in run if r["queries"] <= last], base[task], across=across) for run in pair]
+            own, theirs = (min(spent_to(path, mark), float(path[0][-1])) for path in cut)
+            reached += any(heights.max() >= mark for _, heights in cut)
             logs.append(np.log(own / theirs))
-        found.setdefault(arm, []).append((start, *np.exp(interval(logs))))
+        if 2 * reached >= len(seeds):
+            found.setdefault(arm, []).append((start, *np.exp(interval(logs))))
     return {arm: sorted(points) for arm, points in found.items()}
 
 
-def _spent(run, base, mark, across):
-    path = path_of(run, base, across=across)
-    return min(spent_to(path, mark), float(path[0][-1]))
+def draw(path, runs, base, reference, least=SEEDS):
+    """Write the figure: a panel for each of AXES, tasks from the sparsest on, a line for each arm.
 
-
-def draw(path, runs, base, reference):
-    """Write the figure: a panel for each of AXES, a line for each arm; nothing where no arm has two paired seeds."""
+    Of arms with `least` paired seeds or more; nothing where there is none.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = {across: ratios(runs, base, reference, across) for across in AXES}
+    paired = {
+        cell: own
+        for cell, own in runs.items()
+        if len(own.keys() & runs.get((cell[0], reference, ""), {}).keys()) >= least
+    }
+    found = {across: ratios(paired, base, reference, across) for across in AXES}
     if not any(found.values()):
         return
+    starts = {own["success_test"]: task for task, own in base.items()}
+    places = sorted({point[0] for points in found["queries"].values() for point in points})
     figure = Figure(figsize=(10, 4), layout="constrained")
     for panel, (across, name) in zip(figure.subplots(1, 2), AXES.items(), strict=True):
-        for arm, points in found[across].items():
-            x, ratio, low, high = np.array(points).T
-            panel.errorbar(x, ratio, (ratio - low, high - ratio), marker=".", capsize=3, label=arm)
+        for number, (arm, points) in enumerate(found[across].items()):
+            start, ratio, low, high = np.array(points).T
+            x = [places.index(own) + 0.06 * (number - (len(found[across]) - 1) / 2) for own in start]
+            panel.errorbar(x, ratio, (ratio - low, high - ratio), marker=".", capsize=3, linewidth=0.8, label=arm)
         panel.axhline(1, color="0.6", linewidth=0.8)
-        panel.set(xscale="log", yscale="log", xlabel="the base model's success", title=f"{name} / those of {reference}")
+        panel.set_xticks(range(len(places)), [f"{starts[own]}\n{own:.2f}" for own in places])
+        panel.set(yscale="log", xlabel="task, and the base model's success", title=f"{name} / those of {reference}")
+        ticks = (0.1, 0.2, 0.5, 1, 2)
+        panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_yticks([], minor=True)
         panel.legend(fontsize="x-small")
     aside = path.with_name("ratios.tmp.png")
     FigureCanvasAgg(figure).print_png(aside)

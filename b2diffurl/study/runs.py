@@ -146,12 +146,19 @@ def each(jobs, run):
                 yield futures[future], error
 
 
-@contextlib.contextmanager
-def worker_pool():
-    """An executor with one process per CPU core (with CUDA: a single one), each for many runs; an error ends them."""
+def worker_count():
+    """One process per CPU core; with CUDA no more than have 2 GiB of the GPU each (a run of `shapes` takes 1.2)."""
     import torch
 
-    workers = 1 if torch.cuda.is_available() else os.cpu_count()
+    if not torch.cuda.is_available():
+        return os.cpu_count()
+    return max(1, min(os.cpu_count(), torch.cuda.get_device_properties(0).total_memory // 2**31))
+
+
+@contextlib.contextmanager
+def worker_pool():
+    """An executor with worker_count processes, each for many runs; an error ends them."""
+    workers = worker_count()
     os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # of the workers, which start after this
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
     try:
