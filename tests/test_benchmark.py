@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from b2diffurl.errors import UserError
@@ -344,22 +345,20 @@ def test_ratios_are_geometric_means_of_paired_seeds_by_sparsity(tmp_path):
     runs = benchmark_report.runs_of(rows)
     found = benchmark_ratios.ratios(runs, base, "ddpo", "queries")
     assert list(found) == ["b2"]
-    (sparse, *first), (dense, *second) = found["b2"]
-    assert (sparse, dense) == (0.1, 0.2)
-    logs = np.log([240 / 360, 240 / 240])  # left
-    assert first == pytest.approx(np.exp(interval(logs)))
-    logs = np.log([240 / 360, 480 / 240])  # dark; b2's second run never comes there
-    assert second == pytest.approx(np.exp(interval(logs)))
+    logs = np.log([240 / 360, 240 / 240])
+    assert found["b2"]["left"] == pytest.approx(np.exp(interval(logs)))
+    logs = np.log([240 / 360, 480 / 240])  # b2's second run never comes there
+    assert found["b2"]["dark"] == pytest.approx(np.exp(interval(logs)))
     benchmark_ratios.draw(tmp_path / "ratios.png", runs, base, "ddpo", least=2)
     assert (tmp_path / "ratios.png").stat().st_size > 5000
     benchmark_ratios.draw(tmp_path / "few.png", runs, base, "ddpo")  # two seeds are not enough
     assert benchmark_ratios.ratios(runs, base, "another", "queries") == {}
     dearer = [{**row, "forwards": 2e6 if row["arm"] == "b2" else 1e6} for row in rows]
     dearer = [{**row, "forwards": row["forwards"] * (row["stage"] + 1)} for row in dearer]
-    (sparse, *passes), _ = benchmark_ratios.ratios(benchmark_report.runs_of(dearer), base, "ddpo", "forwards")["b2"]
-    assert passes == pytest.approx(2 * np.array(found["b2"][0][1:]))
+    passes = benchmark_ratios.ratios(benchmark_report.runs_of(dearer), base, "ddpo", "forwards")["b2"]["left"]
+    assert passes == pytest.approx(2 * np.array(found["b2"]["left"]))
     shorter = [row for seed in (1, 2) for row in rows_of("ddpo", seed, (0.2,) * 4) + rows_of("b2", seed, (0.2, 0.9))]
-    ((_, *even),) = benchmark_ratios.ratios(benchmark_report.runs_of(shorter), base, "ddpo", "queries")["b2"]
+    even = benchmark_ratios.ratios(benchmark_report.runs_of(shorter), base, "ddpo", "queries")["b2"]["dark"]
     assert even == pytest.approx([(240 + 240 * 4 / 7) / 480] * 3)  # ddpo, looked at as far as b2, counts with 480
     fewer = [{**row, "seed": row["seed"] + 2, "success_test": 0.2} for row in shorter]
     more = [{**row, "seed": row["seed"] + 4, "success_test": 0.2} for row in shorter if row["seed"] == 1]
@@ -368,6 +367,22 @@ def test_ratios_are_geometric_means_of_paired_seeds_by_sparsity(tmp_path):
     assert benchmark_ratios.ratios(of_five, base, "ddpo", "queries") == {}
     benchmark_ratios.draw(tmp_path / "none.png", runs, base, "another", least=2)
     assert [path.name for path in tmp_path.iterdir()] == ["ratios.png"]
+
+
+def test_the_ratios_figure_has_the_tasks_by_sparsity_and_the_arms_with_enough_seeds(tmp_path, monkeypatch):
+    base = {"plain": {"success_test": 0.2}, "dark": {"success_test": 0.2}, "left": {"success_test": 0.1}}
+    rows = [
+        {**row, "task": task} for task in base for arm, count in (("ddpo", 5), ("b2", 5), ("ddpo_bs", 4))
+        for seed in range(count) for row in rows_of(arm, seed, (0.4, 0.9))
+    ]  # fmt: skip
+    drawn, named = [], []
+    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, err, label, **_: drawn.append((label, x, [*y])))
+    monkeypatch.setattr(Axes, "set_xticks", lambda self, places, labels: named.append(labels))
+    monkeypatch.setattr(Axes, "legend", lambda self, **_: None)
+    benchmark_ratios.draw(tmp_path / "ratios.png", benchmark_report.runs_of(rows), base, "ddpo")
+    assert named[0] == ["left\n0.10", "dark\n0.20", "plain\n0.20"]
+    assert drawn[0] == ("b2", [1, 0, 2], [1, 1, 1])  # the cells are by name: dark, left, plain
+    assert len(drawn) == 2
 
 
 @pytest.mark.parametrize("count", range(2, 11))

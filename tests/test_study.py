@@ -10,7 +10,6 @@ import math
 import pathlib
 import shutil
 import string
-import types
 
 import numpy as np
 import pytest
@@ -315,8 +314,7 @@ def test_a_run_that_fails_is_told_in_the_table_and_stops_no_other(tmp_path, monk
 def test_a_worker_for_every_core_that_the_gpus_memory_has_room_for(gib, count, monkeypatch):
     monkeypatch.setattr(runs.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gib is not None)
-    card = types.SimpleNamespace(total_memory=(gib or 0) * 2**30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((gib or 0) * 2**30, 80 * 2**30))
     assert runs.worker_count() == count
 
 

@@ -2,8 +2,8 @@
 
 `python -m b2diffurl.study.benchmark [--design NAME] [--search] [--out DIR] [--tasks NAME ...] [--arms NAME ...]
 [--seeds N ...]` writes results.csv (a row per run and stage), table.md, curves.png and ratios.png into DIR/results or,
-with --search, DIR/search; one process a core, on a GPU too; the same command goes on where it was stopped. --search
-tries the settings of the design's grid on prompts and seeds of its own, and draws nothing.
+with --search, DIR/search; one process a core (see runs.worker_count); the same command goes on where it was stopped.
+--search tries the settings of the design's grid on prompts and seeds of its own, and draws nothing.
 """
 
 import argparse

@@ -13,7 +13,7 @@ SEEDS = 5  # the fewest pairs of which an interval is drawn
 
 
 def ratios(runs, base, reference, across):
-    """{arm: [(base success, ratio, low, high) by task]}: geometric means over paired seeds, 95 % by Student's t.
+    """{arm: {task: (ratio, low, high)}}: geometric means over paired seeds, 95 % by Student's t.
 
     runs: as benchmark_report.runs_of has them; across: one of AXES. Both runs of a pair are looked at as far as the
     one with fewer queries went; one that does not have the mark there counts with all that it spent so far. A task on
@@ -35,12 +35,12 @@ def ratios(runs, base, reference, across):
             reached += any(heights.max() >= mark for _, heights in cut)
             logs.append(np.log(own / theirs))
         if 2 * reached >= len(seeds):
-            found.setdefault(arm, []).append((start, *np.exp(interval(logs))))
-    return {arm: sorted(points) for arm, points in found.items()}
+            found.setdefault(arm, {})[task] = tuple(np.exp(interval(logs)))
+    return found
 
 
 def draw(path, runs, base, reference, least=SEEDS):
-    """Write the figure: a panel for each of AXES, tasks from the sparsest on, a line for each arm.
+    """Write the figure: a panel for each of AXES, tasks from the sparsest on, a mark for each arm.
 
     Of arms with `least` paired seeds or more; nothing where there is none.
     """
@@ -55,16 +55,15 @@ def draw(path, runs, base, reference, least=SEEDS):
     found = {across: ratios(paired, base, reference, across) for across in AXES}
     if not any(found.values()):
         return
-    starts = {own["success_test"]: task for task, own in base.items()}
-    places = sorted({point[0] for points in found["queries"].values() for point in points})
+    tasks = sorted({task for own in found["queries"].values() for task in own}, key=lambda t: base[t]["success_test"])
     figure = Figure(figsize=(10, 4), layout="constrained")
     for panel, (across, name) in zip(figure.subplots(1, 2), AXES.items(), strict=True):
         for number, (arm, points) in enumerate(found[across].items()):
-            start, ratio, low, high = np.array(points).T
-            x = [places.index(own) + 0.06 * (number - (len(found[across]) - 1) / 2) for own in start]
-            panel.errorbar(x, ratio, (ratio - low, high - ratio), marker=".", capsize=3, linewidth=0.8, label=arm)
+            ratio, low, high = np.array([*points.values()]).T
+            x = [tasks.index(task) + 0.08 * (number - (len(found[across]) - 1) / 2) for task in points]
+            panel.errorbar(x, ratio, (ratio - low, high - ratio), fmt=".", capsize=3, label=arm)
         panel.axhline(1, color="0.6", linewidth=0.8)
-        panel.set_xticks(range(len(places)), [f"{starts[own]}\n{own:.2f}" for own in places])
+        panel.set_xticks(range(len(tasks)), [f"{task}\n{base[task]['success_test']:.2f}" for task in tasks])
         panel.set(yscale="log", xlabel="task, and the base model's success", title=f"{name} / those of {reference}")
         ticks = (0.1, 0.2, 0.5, 1, 2)
         panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

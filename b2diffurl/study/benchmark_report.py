@@ -191,7 +191,10 @@ def _between(middle, low, high, form=".3f"):
 
 
 def draw(path, runs, base):
-    """Write curves.png: held-out success by queries and by forward passes, a row of panels per task."""
+    """Write curves.png: held-out success by queries and by forward passes, a row of panels per task.
+
+    With intervals of the arms with benchmark_ratios.SEEDS seeds or more.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -204,8 +207,9 @@ def draw(path, runs, base):
                 shortest = min(len(x) for x, _ in paths)
                 x = np.mean([x[:shortest] for x, _ in paths], 0)
                 mean, low, high = np.array([interval([y[i] for _, y in paths]) for i in range(shortest)]).T
-                panel.plot(x, mean, marker=".", label=arm)
-                panel.fill_between(x[1:], low[1:], high[1:], alpha=0.15)
+                panel.plot(x, mean, marker=".", label=f"{arm} ({len(paths)} seeds)")
+                if len(paths) >= benchmark_ratios.SEEDS:
+                    panel.fill_between(x[1:], low[1:], high[1:], alpha=0.15)
             panel.set(title=f"{task}: held-out success", ylim=(0, 1))
             panel.set_xlabel(AXES[across])
             panel.locator_params(axis="x", nbins=6)

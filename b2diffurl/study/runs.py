@@ -147,12 +147,12 @@ def each(jobs, run):
 
 
 def worker_count():
-    """One process per CPU core; with CUDA no more than have 2 GiB of the GPU each (a run of `shapes` takes 1.2)."""
+    """One process per CPU core; with CUDA no more than find 2 GiB of the first GPU free (1.2 taken: docs/gpu.md)."""
     import torch
 
     if not torch.cuda.is_available():
         return os.cpu_count()
-    return max(1, min(os.cpu_count(), torch.cuda.get_device_properties(0).total_memory // 2**31))
+    return max(1, min(os.cpu_count(), torch.cuda.mem_get_info()[0] // 2**31))
 
 
 @contextlib.contextmanager
