@@ -4,6 +4,7 @@
 #   [PRESET=NAME] [LAUNCH="accelerate launch ..."] bash run_process.sh [--dry-run] [--config.x.y=value ...]
 # The same command again goes on where it stopped. With several GPUs every step runs on all of them; LAUNCH overrides.
 set -euo pipefail
+case ${PYTHON:-} in [!/]*/*) PYTHON=$PWD/$PYTHON ;; esac # before the folder changes
 cd "$(dirname "$0")"
 
 for flag in "$@"; do

@@ -595,3 +595,15 @@ def test_three_processes_a_stage_do_what_one_does_and_each_loads_only_what_it_us
     assert all(torch.equal(again[k], wanted[k]) for k in wanted)
     for record in metrics_of(tmp_path):  # a script's time counts from the start of its process
         assert 0 < record["perf/startup_s"] < record["time_s"]
+
+
+@pytest.mark.parametrize("script", ["run_process.sh", "tests/run.sh"])
+def test_a_relative_python_is_one_of_the_callers_folder(script, tmp_path):
+    own = tmp_path / "own/python"
+    own.parent.mkdir()
+    own.write_text('#!/bin/sh\necho "ran $0" >&2\nexit 3\n')
+    own.chmod(0o755)
+    environment = {**os.environ, "PYTHON": "own/python", "PRESET": "shapes"}
+    command = ["bash", str(pathlib.Path(__file__).parent.parent / script)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, f"ran {own}\n")
