@@ -83,6 +83,13 @@ def test_the_protocols_numbers():
         {"train.algorithm": "ddpo_is"}, {"train.kl_weight": 0.03},
         {"schedule.untrained": 0, "train.algorithm": "ddpo_is"},
     ]  # fmt: skip
+    flow = DESIGNS["flow"]
+    assert (flow.preset, flow.seeds, flow.budget) == ("shapes_flow", tuple(range(601, 611)), 1440)
+    assert {name: task.success for name, task in flow.tasks.items()} == {
+        "attribute": "right", "dark": "right_dark", "plain": "right_plain"
+    }  # fmt: skip
+    assert flow.comparisons == tuple(("b2", other) for other in ("ddpo", "ddpo_bpt", "ddpo_bs"))
+    assert all(len(flow.grid[arm]) == 4 for arm in flow.arms)
     for arm in SPARSE.arms:  # as many settings of rates and updates
         tried = [
             own for own in SPARSE.grid[arm] if own.keys() == {"train.learning_rate", "train.trajectories_per_update"}

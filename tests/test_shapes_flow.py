@@ -72,6 +72,9 @@ def test_paired_lists_hold_both_colours_of_a_confused_pair_or_neither():
             assert f"a {COLOURS[partner(COLOURS.index(colour))]} {shape}" in own
         words = {word for caption in own for word in caption.split()[1:]}
         assert words == {*COLOURS, *SHAPES}  # every colour and every shape, in both
+        for part, shapes in (("study", SHAPES[:3]), ("search", SHAPES[3:])):
+            stored = json.loads(pathlib.Path(f"prompts/shapes_paired_{part}_{name}.json").read_text())
+            assert stored == [caption for caption in own if caption.split()[-1] in shapes]
 
 
 def test_the_folder_is_small():

@@ -86,7 +86,7 @@ def configure(job, out, design):
         **dict(job.settings),
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
-    config = parse(["benchmark", "--config", "config/stage_process.py:shapes", *flags])[0]
+    config = parse(["benchmark", "--config", f"config/stage_process.py:{design.preset}", *flags])[0]
     config.schedule.stage_count = design.less.get(job.arm, design.budget) // queries(config)
     return config
 
@@ -169,7 +169,12 @@ def base_figures(out, jobs, design):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.study.benchmark", description="See docs/benchmark.")
-    parser.add_argument("--design", default="sparse", choices=DESIGNS, help="docs/benchmark's, or docs/d-fusion's")
+    parser.add_argument(
+        "--design",
+        default="sparse",
+        choices=DESIGNS,
+        help="of designs.py: docs/benchmark, docs/benchmark/flow, docs/d-fusion",
+    )
     parser.add_argument("--out", type=pathlib.Path, help="folder of the results and the runs; the design's own")
     parser.add_argument("--search", action="store_true", help="every setting of the grid, on other prompts and seeds")
     parser.add_argument("--tasks", nargs="+")

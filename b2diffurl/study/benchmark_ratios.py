@@ -55,7 +55,8 @@ def draw(path, runs, base, reference, least=SEEDS):
     found = {across: ratios(paired, base, reference, across) for across in AXES}
     if not any(found.values()):
         return
-    tasks = sorted({task for own in found["queries"].values() for task in own}, key=lambda t: base[t]["success_test"])
+    shown = {task for own in found["queries"].values() for task in own}
+    tasks = sorted(shown, key=lambda task: (base[task]["success_test"], task))
     figure = Figure(figsize=(10, 4), layout="constrained")
     for panel, (across, name) in zip(figure.subplots(1, 2), AXES.items(), strict=True):
         for number, (arm, points) in enumerate(found[across].items()):

@@ -20,7 +20,7 @@ class Design(typing.NamedTuple):
 
     folder: str  # of its protocol and results
     tasks: dict  # {name: Task}
-    shared: dict  # settings of all arms over the preset `shapes`
+    shared: dict  # settings of all arms over the preset
     arms: dict  # {name: settings over them}
     budget: int  # reward queries of a run
     less: dict  # {arm: the same where it is less}
@@ -31,6 +31,7 @@ class Design(typing.NamedTuple):
     margin: float = 0.02  # how far below a rival's the lean arm's held-out success may be
     diversity_margin: float = 0.01  # and its diversity
     reference: str = ""  # the arm that ratios.png sets the others against
+    preset: str = "shapes"
     every: int = 240  # reward queries between two evaluations
     seeds: tuple = tuple(range(401, 411))
     search_seeds: tuple = (201,)
@@ -41,9 +42,9 @@ def rate_and_updates(rate, count):
     return {"train.learning_rate": rate, "train.trajectories_per_update": count}
 
 
-def rates_and_updates(*counts):
+def rates_and_updates(*counts, rates=(4e-3, 8e-3)):
     """Two learning rates, each with several numbers of trajectories per update."""
-    return [rate_and_updates(rate, count) for rate in (4e-3, 8e-3) for count in counts]
+    return [rate_and_updates(rate, count) for rate in rates for count in counts]
 
 
 ATTRIBUTE = Task("clip", "right", "study", "search")
@@ -91,6 +92,26 @@ SPARSE = Design(
     search_seeds=(202, 203),
 )  # fmt: skip
 
+FLOW = Design(
+    folder="docs/benchmark/flow",
+    preset="shapes_flow",
+    tasks={
+        "attribute": Task("clip", "right", "paired_study", "paired_search"),
+        **{name: Task(f"{LADDER}right_{name}", f"right_{name}", "paired_study") for name in ("dark", "plain")},
+    },
+    shared={},
+    arms={
+        "ddpo": {"method": "ddpo"}, "ddpo_bpt": {"method": "ddpo_bpt"},
+        "ddpo_bs": {"method": "ddpo_bs", "schedule.right": 17}, "b2": {"method": "b2"},
+    },
+    budget=1440,
+    less={},
+    grid=dict.fromkeys(("ddpo", "ddpo_bpt", "ddpo_bs", "b2"), rates_and_updates(30, 60, rates=(5e-3, 1e-2))),
+    comparisons=(("b2", "ddpo"), ("b2", "ddpo_bpt"), ("b2", "ddpo_bs")),
+    reference="ddpo",
+    seeds=tuple(range(601, 611)),
+)  # fmt: skip
+
 FUSED = {"method": "dfusion", "sample.groups": 10}  # 160 images and 80 targets per stage
 ALONE = {"method": "ddpo", "sample.groups": 15}  # 240 images
 DPO = {"train.algorithm": "dpo", "train.log_prob": "mean", "train.dpo_beta": 1000.0}
@@ -133,4 +154,4 @@ DFUSION = Design(
         ("dpo_fused", "dpo_fused_from_0"),
     ),
 )  # fmt: skip
-DESIGNS = {"sparse": SPARSE, "dfusion": DFUSION}
+DESIGNS = {"sparse": SPARSE, "flow": FLOW, "dfusion": DFUSION}
