@@ -3,6 +3,8 @@
 import json
 import math
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -104,6 +106,22 @@ def test_the_preset_is_the_arm(tmp_path):
     others = ("exp_name", "save_path", "seed", "schedule.stage_count", "evaluate.images_per_prompt")
     for name, value in flat(preset).items():
         assert name in others or name.startswith(("keep.", "prompts.")) or arm[name] == value, name
+
+
+def test_other_prompts_for_all_tasks_and_never_in_the_published_folder(tmp_path):
+    design = benchmark.on_lists(SPARSE, "paired")
+    for task in SPARSE.tasks:
+        job = benchmark.Job(task, "b2", 1)
+        ours, theirs = (flat(benchmark.configure(job, tmp_path, own)) for own in (design, SPARSE))
+        different = {name for name, value in ours.items() if value != theirs[name] and "sha256" not in name}
+        assert different == {"prompts.train", "prompts.test"}
+        assert ours["prompts.test"] == "prompts/shapes_paired_test.json"
+    with pytest.raises(UserError, match=r"shapes_none_train\.json does not exist"):
+        benchmark.configure(job, tmp_path, benchmark.on_lists(SPARSE, "none"))
+    for given in (["--lists", "paired"], ["--lists", "paired", "--search", "--out", str(tmp_path)]):
+        command = [sys.executable, "-m", "b2diffurl.study.benchmark", *given]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, "--lists: with an --out of its own" in done.stderr) == (2, True)
 
 
 PUBLISHED = [

@@ -1,9 +1,10 @@
 """The benchmarks of designs.py: tasks × arms × paired seeds, evaluated after every 240 reward queries.
 
 `python -m b2diffurl.study.benchmark [--design NAME] [--search] [--out DIR] [--tasks NAME ...] [--arms NAME ...]
-[--seeds N ...]` writes results.csv (a row per run and stage), table.md, curves.png and ratios.png into DIR/results or,
-with --search, DIR/search; one process a core (see runs.worker_count); the same command goes on where it was stopped.
---search tries the settings of the design's grid on prompts and seeds of its own, and draws nothing.
+[--seeds N ...] [--lists NAME]` writes results.csv (a row per run and stage), table.md, curves.png and ratios.png into
+DIR/results or, with --search, DIR/search; one process a core (see runs.worker_count); the same command goes on where it
+was stopped. --search tries the settings of the design's grid on prompts and seeds of its own, and draws nothing.
+--lists has the prompts of prompts/shapes_NAME_{train,test}.json in place of the tasks', with a DIR of their own.
 """
 
 import argparse
@@ -89,6 +90,11 @@ def configure(job, out, design):
     config = parse(["benchmark", "--config", f"config/stage_process.py:{design.preset}", *flags])[0]
     config.schedule.stage_count = design.less.get(job.arm, design.budget) // queries(config)
     return config
+
+
+def on_lists(design, lists):
+    """The design with other prompts for all of its tasks."""
+    return design._replace(tasks={name: task._replace(lists=lists) for name, task in design.tasks.items()})
 
 
 def run(job, out, design):
@@ -180,8 +186,11 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--lists", help="prompts/shapes_NAME_{train,test}.json, for all tasks; with an --out")
     given = parser.parse_args()
-    chosen = DESIGNS[given.design]
+    if given.lists and (given.search or not given.out):
+        parser.error("--lists: with an --out of its own, and without --search, which has its own")
+    chosen = on_lists(DESIGNS[given.design], given.lists) if given.lists else DESIGNS[given.design]
     known = {"tasks": chosen.tasks, "arms": chosen.grid if given.search else chosen.arms}
     for name, own in known.items():
         if unknown := {*(getattr(given, name) or ())} - own.keys():
