@@ -133,7 +133,9 @@ def test_a_call_fits_its_budget(monkeypatch):
 def test_the_largest_batch_is_the_last_that_fits():
     def work(n):
         if n > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total capacity of 8 GiB of which\nmore"
+            )
 
     assert meter.largest(64, work) == (4, "CUDA out of memory. Tried to allocate 2 GiB")
     assert meter.largest(4, work) == (4, "")

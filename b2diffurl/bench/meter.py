@@ -65,7 +65,7 @@ def _refusal(work, size):
     try:
         _timed(lambda: work(size))
     except RuntimeError as error:  # OutOfMemoryError is one; cuBLAS and cuDNN have words of their own for it
-        return str(error).strip().splitlines()[0]
+        return str(error).strip().splitlines()[0].partition(". GPU ")[0]  # what is free there fills a screen
     return ""
 
 
