@@ -14,6 +14,7 @@ from PIL import Image
 from b2diffurl.errors import UserError
 from b2diffurl.evaluate import before_after
 from b2diffurl.models import Models
+from b2diffurl.plan import stage_plan
 from b2diffurl.run import metrics
 from b2diffurl.run.command import parse
 from b2diffurl.run.folder import Run, flat
@@ -90,8 +91,13 @@ def test_the_protocols_numbers():
     assert {name: task.success for name, task in flow.tasks.items()} == {
         "attribute": "right", "dark": "right_dark", "plain": "right_plain"
     }  # fmt: skip
+    lists = [(task.lists, task.search) for task in flow.tasks.values()]
+    assert lists == [("paired_study", "paired_search"), ("paired_study", ""), ("paired_study", "")]
+    assert (flow.shared, flow.search_seeds, flow.less) == ({}, (201,), {})
     assert flow.comparisons == tuple(("b2", other) for other in ("ddpo", "ddpo_bpt", "ddpo_bs"))
-    assert all(len(flow.grid[arm]) == 4 for arm in flow.arms)
+    four = [(rate, count) for rate in (5e-3, 1e-2) for count in (30, 60)]
+    for arm in flow.arms:
+        assert [tuple(own.values()) for own in flow.grid[arm]] == four
     for arm in SPARSE.arms:  # as many settings of rates and updates
         tried = [
             own for own in SPARSE.grid[arm] if own.keys() == {"train.learning_rate", "train.trajectories_per_update"}
@@ -108,7 +114,7 @@ def test_the_preset_is_the_arm(tmp_path):
         assert name in others or name.startswith(("keep.", "prompts.")) or arm[name] == value, name
 
 
-def test_other_prompts_for_all_tasks_and_never_in_the_published_folder(tmp_path):
+def test_other_prompts_for_all_tasks_in_a_folder_of_ones_own(tmp_path):
     design = benchmark.on_lists(SPARSE, "paired")
     for task in SPARSE.tasks:
         job = benchmark.Job(task, "b2", 1)
@@ -121,7 +127,28 @@ def test_other_prompts_for_all_tasks_and_never_in_the_published_folder(tmp_path)
     for given in (["--lists", "paired"], ["--lists", "paired", "--search", "--out", str(tmp_path)]):
         command = [sys.executable, "-m", "b2diffurl.study.benchmark", *given]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, "--lists: with an --out of its own" in done.stderr) == (2, True)
+        assert (done.returncode, "--lists: with an --out of your own" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arm", "firsts"),
+    [("ddpo", [0] * 6), ("ddpo_bpt", [6, 5, 4, 3, 2, 1]), ("ddpo_bs", [3] * 6), ("b2", [6, 5, 4, 3, 2, 1])],
+)
+def test_the_flows_intervals_are_the_protocols(arm, firsts, tmp_path):
+    config = benchmark.configure(benchmark.Job("dark", arm, 601), tmp_path, DESIGNS["flow"])
+    assert config.schedule.stage_count == 6
+    assert (config.select.credit, config.train.step_weights) == ("group", "inverse_gain")
+    for config.stage, first in enumerate(firsts):
+        step = stage_plan(config).transitions.step
+        assert (int(min(step)), int(max(step))) == (first, 11)
+
+
+def test_an_arm_without_its_searched_rate_is_not_run():
+    assert benchmark.unsearched(DESIGNS["flow"], ["ddpo", "b2"]) == ["ddpo", "b2"]
+    rated = DESIGNS["flow"]._replace(arms={"b2": {"train.learning_rate": 1e-2}, "ddpo": {}})
+    assert benchmark.unsearched(rated, ["ddpo", "b2"]) == ["ddpo"]
+    for name in ("sparse", "dfusion"):
+        assert benchmark.unsearched(DESIGNS[name], DESIGNS[name].arms) == []
 
 
 PUBLISHED = [

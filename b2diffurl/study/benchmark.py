@@ -4,7 +4,7 @@
 [--seeds N ...] [--lists NAME]` writes results.csv (a row per run and stage), table.md, curves.png and ratios.png into
 DIR/results or, with --search, DIR/search; one process a core (see runs.worker_count); the same command goes on where it
 was stopped. --search tries the settings of the design's grid on prompts and seeds of its own, and draws nothing.
---lists has the prompts of prompts/shapes_NAME_{train,test}.json in place of the tasks', with a DIR of their own.
+--lists takes the prompts of prompts/shapes_NAME_{train,test}.json for all tasks, and writes into DIR/results_NAME.
 """
 
 import argparse
@@ -97,6 +97,11 @@ def on_lists(design, lists):
     return design._replace(tasks={name: task._replace(lists=lists) for name, task in design.tasks.items()})
 
 
+def unsearched(design, arms):
+    """Those of the arms that the search is to give a learning rate, and that have none yet."""
+    return [arm for arm in arms if arm in design.grid and "train.learning_rate" not in design.shared | design.arms[arm]]
+
+
 def run(job, out, design):
     """One run, or what is left of it -> its rows of results.csv, one per stage."""
     config = configure(job, out, design)
@@ -186,17 +191,20 @@ if __name__ == "__main__":
     parser.add_argument("--tasks", nargs="+")
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--lists", help="prompts/shapes_NAME_{train,test}.json, for all tasks; with an --out")
+    parser.add_argument("--lists", help="prompts/shapes_NAME_{train,test}.json for all tasks; into --out/results_NAME")
     given = parser.parse_args()
     if given.lists and (given.search or not given.out):
-        parser.error("--lists: with an --out of its own, and without --search, which has its own")
+        parser.error("--lists: with an --out of your own, and without --search, which has its own")
     chosen = on_lists(DESIGNS[given.design], given.lists) if given.lists else DESIGNS[given.design]
     known = {"tasks": chosen.tasks, "arms": chosen.grid if given.search else chosen.arms}
     for name, own in known.items():
         if unknown := {*(getattr(given, name) or ())} - own.keys():
             parser.error(f"--{name}: no {', '.join(sorted(unknown))} in {', '.join(own)}")
     tasks, arms = (getattr(given, name) or [*own] for name, own in known.items())
-    kind, jobs = "results", benchmark_jobs(tasks, arms, given.seeds or chosen.seeds)
+    kind = f"results_{given.lists}" if given.lists else "results"
+    jobs = benchmark_jobs(tasks, arms, given.seeds or chosen.seeds)
+    if not given.search and (left := unsearched(chosen, arms)):
+        parser.error(f"{', '.join(left)}: no learning rate in designs.py yet; --search tries some")
     if given.search:
         tasks = [task for task in tasks if chosen.tasks[task].search]
         grid = {arm: chosen.grid[arm] for arm in arms}

@@ -16,7 +16,8 @@ def ratios(runs, base, reference, across):
     """{arm: {task: (ratio, low, high)}}: geometric means over paired seeds, 95 % by Student's t.
 
     runs: as benchmark_report.runs_of has them; across: one of AXES. Both runs of a pair are looked at as far as the
-    one with fewer queries went; one that does not have the mark there counts with all that it spent so far. A task on
+    one with fewer queries went; one that does not have the mark there counts with all that it spent so far, which draws
+    ratios towards that of what both spent, and makes intervals narrower. A task on
     which most pairs have no run that has it says nothing and is left out.
     """
     found = {}

@@ -147,7 +147,10 @@ def each(jobs, run):
 
 
 def worker_count():
-    """One process per CPU core; with CUDA no more than find 2 GiB of the first GPU free (1.2 taken: docs/gpu.md)."""
+    """One process per CPU core; with CUDA at most one for every 2 GiB free on the first GPU, where all of them run.
+
+    A run of `shapes` takes 1.2 (docs/gpu.md).
+    """
     import torch
 
     if not torch.cuda.is_available():
