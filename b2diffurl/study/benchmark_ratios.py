@@ -17,8 +17,8 @@ def ratios(runs, base, reference, across):
 
     runs: as benchmark_report.runs_of has them; across: one of AXES. Both runs of a pair are looked at as far as the
     one with fewer queries went; one that does not have the mark there counts with all that it spent so far, which draws
-    ratios towards that of what both spent, and makes intervals narrower. A task on
-    which most pairs have no run that has it says nothing and is left out.
+    ratios towards that of what both spent, and makes intervals narrower. A task on which most pairs have no run that
+    has it says nothing and is left out.
     """
     found = {}
     for (task, arm, settings), by_seed in runs.items():
@@ -40,10 +40,10 @@ def ratios(runs, base, reference, across):
     return found
 
 
-def draw(path, runs, base, reference, least=SEEDS):
+def draw(path, runs, base, reference):
     """Write the figure: a panel for each of AXES, tasks from the sparsest on, a mark for each arm.
 
-    Of arms with `least` paired seeds or more; nothing where there is none.
+    Of arms with SEEDS paired seeds or more; nothing where there is none.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def draw(path, runs, base, reference, least=SEEDS):
     paired = {
         cell: own
         for cell, own in runs.items()
-        if len(own.keys() & runs.get((cell[0], reference, ""), {}).keys()) >= least
+        if len(own.keys() & runs.get((cell[0], reference, ""), {}).keys()) >= SEEDS
     }
     found = {across: ratios(paired, base, reference, across) for across in AXES}
     if not any(found.values()):
