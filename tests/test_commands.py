@@ -118,7 +118,7 @@ ELSEWHERE = {
         "--seeds 201",
         "python -m b2diffurl.study.benchmark --search --tasks left --arms ddpo b2 --seeds 201",
         "python -m b2diffurl.study.benchmark --search --arms b2_lean ddpo_lean",
-        "python -m b2diffurl.study.benchmark --design flow --arms ddpo b2",
+        "python -m b2diffurl.study.benchmark --design flow",
         "python -m b2diffurl.study.benchmark --design flow --search",
         "python -m b2diffurl.study.benchmark --design dfusion",
         "python -m b2diffurl.study.benchmark --design dfusion --search",

@@ -28,7 +28,7 @@ def text(rows, base, design):
     """What table.md says."""
     runs = runs_of(rows)
     parts = table(runs, base), searched(runs, base), middles(runs, base), primary(runs, base, design)
-    parts += (differences(runs, base, design),)
+    parts += differences(runs, base, design), pooled(runs, base, design)
     return "\n\n".join("\n".join(lines) for lines in (*parts, failures(rows)) if lines) + "\n"
 
 
@@ -165,11 +165,8 @@ def differences(runs, base, design):
     found = []
     for task in base:
         for arm, other in design.comparisons:
-            own, theirs = runs.get((task, arm, ""), {}), runs.get((task, other, ""), {})
-            shared = sorted(own.keys() & theirs.keys())
-            if len(shared) > 1:
-                pairs = [[path_of(run[seed], base[task]) for run in (own, theirs)] for seed in shared]
-                areas = [area(until(a, b[0][-1])) - area(until(b, a[0][-1])) for a, b in pairs]
+            areas = [*_areas(runs, base, task, arm, other).values()]
+            if len(areas) > 1:
                 found.append((task, arm, other, areas))
     if not found:
         return []
@@ -179,6 +176,28 @@ def differences(runs, base, design):
     for (task, arm, other, areas), p in zip(found, corrected, strict=True):
         lines.append(f"| {task} | {arm} | {other} | {len(areas)} | {said_of(areas, '+.3f')} | {p:.2g} |")
     return lines
+
+
+def pooled(runs, base, design):
+    """Markdown lines: the same of the mean of the tasks, over the seeds that have all of them, uncorrected."""
+    lines = ["| mean of the tasks | against | seeds | held-out: area | p, uncorrected |", "| --- " * 5 + "|"]
+    for arm, other in design.comparisons:
+        by_task = [_areas(runs, base, task, arm, other) for task in design.tasks]
+        seeds = sorted(set.intersection(*map(set, by_task)))
+        if len(seeds) > 1:
+            means = [np.mean([own[seed] for own in by_task]) for seed in seeds]
+            lines.append(f"| {arm} | {other} | {len(seeds)} | {said_of(means, '+.3f')} | {p_value(means):.2g} |")
+    return lines if len(lines) > 2 else []
+
+
+def _areas(runs, base, task, arm, other):
+    """{seed: the arm's area minus the other's}, as far as both runs went."""
+    own, theirs = runs.get((task, arm, ""), {}), runs.get((task, other, ""), {})
+    gaps = {}
+    for seed in sorted(own.keys() & theirs.keys()):
+        a, b = (path_of(run[seed], base[task]) for run in (own, theirs))
+        gaps[seed] = area(until(a, b[0][-1])) - area(until(b, a[0][-1]))
+    return gaps
 
 
 def said_of(values, form=".3f"):
