@@ -54,8 +54,8 @@ def sdv1_4():
     config.schedule.kind = "growing"  # growing (the paper's) | constant (always the last `right` steps)
     config.schedule.stage_count = 100  # stages in the run [StageCnt in run_process.sh]
     config.schedule.plateau = 0  # end once reward/mean of so many stages is not above that of as many before; 0: never
-    config.schedule.left = 14  # trained steps in the first stage [SplitStepLeft]
-    config.schedule.right = 20  # trained steps in the last stage [SplitStepRight]
+    config.schedule.left = 14  # the first stage's interval: so many steps, the untrained ones included [SplitStepLeft]
+    config.schedule.right = 20  # that of the last stage, if stage_count is at least right - left + 1 [SplitStepRight]
     config.schedule.forks = ()  # (step, fan-out) pairs: a tree of several splits, ((6, 2), (10, 2), (14, 2)) for 8
     # branches, trained from the first on; (): one split, where the interval starts (the paper's)
     config.schedule.untrained = 0  # last steps that no stage trains; flow models: 1, their last one is deterministic
@@ -156,7 +156,7 @@ def sdv1_4():
 
 
 def shapes():
-    """The embedded world on a laptop: schedule, guidance, branches and thresholds are the paper's, sizes are not."""
+    """The embedded world on a laptop: the paper's schedule, guidance, branches, thresholds; not its sizes, rate, clip."""
     config = sdv1_4().unlock()
     config.exp_name = "shapes_b2"
     config.keep.images = 0
@@ -187,11 +187,11 @@ def shapes():
 
 
 def shapes_lean():
-    """`b2_lean` of docs/benchmark/protocol.md: `shapes` with half of its reward queries, 1440."""
+    """`shapes` with half of its reward queries, 1440: `b2_lean` of docs/benchmark/protocol.md, for 12 stages, not 6."""
     config = shapes().unlock()
     config.exp_name = "shapes_lean"
     config.schedule.right = 17  # steps 6 to 9 at first, 3 to 9 at last
-    config.schedule.untrained = 10  # the last ten add more noise to the gradient than halves agree on
+    config.schedule.untrained = 10  # with the last ten, two halves' gradients agree less (docs/algorithms.md)
     config.select.credit = "all"  # every branch
     config.sample.groups = 24  # smaller stages: 120 queries
     config.train.num_epochs = 1
