@@ -156,7 +156,7 @@ def sdv1_4():
 
 
 def shapes():
-    """The embedded world on a laptop: the paper's schedule, guidance, branches, thresholds; not its sizes, rate, clip."""
+    """The embedded world on a laptop: the paper's schedule, guidance and thresholds; not its sizes, rate, clip."""
     config = sdv1_4().unlock()
     config.exp_name = "shapes_b2"
     config.keep.images = 0
