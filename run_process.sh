@@ -40,7 +40,7 @@ machine=${MACHINE_RANK:-$(sed -nE 's/.*--(machine|node)[_-]rank[= ]+([0-9]+).*/\
 if [ "$dry" ]; then # says what the run will take
   exec "$PYTHON" -m b2diffurl.stages.dry_run "${config[@]}"
 fi
-mkdir -p "$folder"
+mkdir -p "$folder" || { echo "config.save_path: $folder cannot be made" >&2; exit 1; }
 if [ "${machine:-0}" = 0 ]; then # of several machines the first one locks and reports
   exec 9>>"$folder/.lock"
   export B2DIFFURL_LOCK=9 # the steps use this descriptor, so the lock is held from here to the end
@@ -65,6 +65,7 @@ report() { # of several machines the first one writes it
   [ "${machine:-0}" != 0 ] || "$PYTHON" -m b2diffurl.report "$folder" >/dev/null || echo "report.html was not written"
 }
 
+lora=checkpoints/checkpoint_1/pytorch_lora_weights.safetensors # a stage that has it is complete
 last_lora() { # the LoRA's average where config.train.ema_decay keeps one
   last=$folder/stage$((stages - 1))/checkpoints/checkpoint_1
   if [ -d "$last/ema" ]; then last=$last/ema; fi
@@ -72,11 +73,11 @@ last_lora() { # the LoRA's average where config.train.ema_decay keeps one
 
 if [ "$processes" = one ]; then # config.one_process: the same loop below in one warm process
   "${launch[@]}" -m b2diffurl.stages.loop "${config[@]}"
-  while [ "$stages" -gt 1 ] && [ ! -d "$folder/stage$((stages - 1))/checkpoints" ]; do stages=$((stages - 1)); done # a plateau
+  while [ "$stages" -gt 1 ] && [ ! -e "$folder/stage$((stages - 1))/$lora" ]; do stages=$((stages - 1)); done # a plateau
   last_lora
 else
   for ((stage = 0; stage < stages; stage++)); do
-    if [ -d "$folder/stage$stage/checkpoints" ]; then
+    if [ -e "$folder/stage$stage/$lora" ]; then
       echo "stage $stage: complete already"
       continue
     fi

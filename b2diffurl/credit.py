@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from .losses import ALGORITHMS
-from .plan import METHODS
+from .plan import METHODS, stage_plan
 from .selection import select_contrasts, select_pairs
 
 EPSILON = 1e-8  # beside a standard deviation
@@ -121,6 +121,20 @@ def assign(plan, normalised, config, rule=None):
     row, advantage, sample, rival = (np.concatenate(own) for own in zip(*found, strict=True))
     advantage = weigh(advantage, train.adv_clip, train.positive_weight, train.negative_weight)
     return Credit(row, advantage, sample, rival if preference else None), chosen
+
+
+def most_chosen(config):
+    """What config.stage can choose at most, by level: [(nodes of all groups, states of a node with the one above)]."""
+    plan, groups = stage_plan(config), config.sample.groups
+    if METHODS[config.method].fusion or rule_of(config) == "ranked":  # pairs of select_pairs
+        return [(groups * 4 * (config.sample.branches // 4), plan.stored(len(plan.levels) - 1) + 1)]
+    found = []
+    for level, own in enumerate(plan.levels):
+        if plan.trained(level):
+            siblings = plan.siblings(level)
+            taken = own.nodes // siblings * min(2, siblings) if rule_of(config) == "contrast" else own.nodes
+            found.append((groups * taken, plan.stored(level) + plan.from_fork(level)))
+    return found
 
 
 def _couples(nodes, sets):

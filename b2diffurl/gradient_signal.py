@@ -61,7 +61,12 @@ def gradients(policy, parameters, experience, half, train):
         for number in (0, 1):
             for parameter in parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
-            for rows in torch.nonzero((half == number) & (steps == step)).flatten().split(train.batch_size):
+            own_rows = torch.nonzero((half == number) & (steps == step)).flatten()
+            if not len(own_rows):
+                raise UserError(
+                    f"step {step}: one half of the groups has no transition there; give more, config.sample.groups"
+                )
+            for rows in own_rows.split(train.batch_size):
                 (losses_of(policy, experience, rows, train)[0].sum() * scale).backward()
             own.append(torch.cat([parameter.grad.flatten() / scale for parameter in parameters.values()]))
         found[step] = torch.stack(own)
@@ -71,10 +76,14 @@ def gradients(policy, parameters, experience, half, train):
 def summary(found, gains):
     """The table of `gradients`: by step {step, gain, share, cosine, up_to}, and the cosine of all by kind of weights.
 
+    Raises UserError where all of them are 0.
+
     share: of the squared norm of the whole gradient, were the steps' orthogonal. up_to: the cosine of the steps up to
     this one together, by kind.
     """
     squares = {step: own.sum(0).square().sum().item() for step, own in found.items()}
+    if not sum(squares.values()):
+        raise UserError("the gradient is 0: no reward differs from the others of its prompt")
     steps, rows, sums = torch.tensor([*found]), [], {}
     weights = {kind: step_weights(gains.get, steps, kind) for kind in KINDS}
     for place, (step, own) in enumerate(found.items()):

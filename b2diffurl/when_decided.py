@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from . import rollout
+from .errors import UserError
 from .guidance import to_device
 from .models import Models
 from .noise import draw_prompts
@@ -24,7 +25,12 @@ GUIDANCE = (2.0, 5.0)
 
 
 def main(config, out, checkpoint):
-    """Branch config.sample.groups groups at every second step, at two guidance scales, by the base model or a LoRA."""
+    """Branch config.sample.groups groups at every second step, at two guidance scales, by the base model or a LoRA.
+
+    Raises UserError for groups of one image, which have no variance.
+    """
+    if config.sample.branches < 2:
+        raise UserError(f"config.sample.branches={config.sample.branches}: must be at least 2, to vary within a group")
     loaded, out = Models(config), pathlib.Path(out)
     prompts = read_prompts(config.prompts.train)
     chosen = draw_prompts(config.evaluate.seed, "splits", len(prompts), config.sample.groups)

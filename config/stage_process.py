@@ -278,6 +278,7 @@ def sdxl():
     config.sample.branches = 8  # [F] images per prompt
     config.sample.groups = 64  # 512 queries per stage, 40 % of the paper's
     config.sample.batch_size = 4
+    config.train.trajectories_per_update = 32  # of at most 128 samples, a quarter as in the paper's run
     config.schedule.left = 35  # the paper's share, 14 of 20 steps
     config.schedule.right = 50
     config.train.learning_rate = 1e-4  # [F]
@@ -305,6 +306,7 @@ def sd3_5():
     config.sample.branches = 24  # [G] images per prompt
     config.sample.groups = 48  # [G] prompts per epoch
     config.sample.batch_size = 9  # [G]
+    config.train.trajectories_per_update = 24  # of at most 96 samples, a quarter as in the paper's run
     config.schedule.left = 7  # the paper's share of the steps
     config.schedule.right = 10
     config.schedule.untrained = 2  # [G] all but the last; the one before it multiplies bf16's rounding by 32

@@ -313,6 +313,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(monkeypatch, capsys,
     said = capsys.readouterr().out
     assert "stages     3 of 12 images; 36 reward queries in all" in said
     assert "evaluation 120 images" in said
+    assert "updates    at most 2 per stage, of 32 samples; that is few" in said  # 8 samples, two epochs
     assert "select 1 s" in said
     assert not list(tmp_path.iterdir())
     config.keep.images, config.keep.trajectories, config.keep.optimiser = 1, 0, 2

@@ -90,7 +90,7 @@ ELSEWHERE = {
     f"PRESET=sdv1.4 {RUN} --config.pretrained.model=/models/sd14": GPU,
     f"PRESET=sdv1.4 {RUN} --config.prompts.train=mine.json --config.prompts.test=mine_test.json "
     "--config.reward.name=mine:score --config.schedule.stage_count=20 --config.sample.groups=64 "
-    "--config.exp_name=mine": GPU,
+    "--config.train.trajectories_per_update=32 --config.exp_name=mine": GPU,
     f'LAUNCH="accelerate launch --config_file config/accelerate/one_machine.yaml" {RUN}': GPU,
     f'LAUNCH="accelerate launch --config_file config/accelerate/one_machine.yaml" PRESET=flux {RUN} '
     "--config.sharded=True": GPU,

@@ -117,6 +117,10 @@ BAD = {
     "--config.reward.model=local-dir:nowhere": "config.reward.model='nowhere'",
     "--config.prompts.train=nowhere.json": "nowhere.json does not exist",
     "--config.sample.colour=red": "colour",
+    f"--config.seed={2**63}": "must fit into 64 bits",
+    f"--config.prompts.train={'[' * 100_000}.json": "cannot be read as JSON",
+    "--config.reward.name=http://[::1": "must be one of",
+    "--config.reward.name=http://": "must be one of",
     "--config.sample.group=3": "no such setting: --config.sample.group=3 (config/stage_process.py",
     "--config.sample.groups=many": "groups",
     "stray": "'stray'",
@@ -173,7 +177,11 @@ def test_a_tree_needs_branches_and_a_preference_contrasts():
     parse([*PRESET, "--config.select.credit=contrast", "--config.train.algorithm=dpo"])
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "not json", '["a", 3]', '["a", " "]', '"a"', b"\xff\xfe\x00"], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", "not json", '["a", 3]', '["a", " "]', '"a"', b"\xff\xfe\x00", "[" * 100_000, r'["half a \ud83d"]'],
+    ids=lambda content: str(content)[:20],
+)
 def test_bad_prompt_files(tmp_path, content):
     path = tmp_path / "prompts.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -209,6 +217,8 @@ def test_prompts_in_lines_say_more_and_belong_to_the_run(tmp_path):
         ('{"prompt": " "}', "line 1: must be an object"),
         ('{"prompt": "a", "n": 1}\n{"prompt": "a", "n": 2}', "line 2: 'a' was there before"),
         ('{"prompt": "a"}\n\n{', "line 3: no JSON"),
+        ("[" * 100_000, "line 1: no JSON"),
+        (r'{"prompt": "\ud83d"}', ": .* is no text"),
     ],
 )
 def test_bad_lines(tmp_path, lines, message):

@@ -244,7 +244,10 @@ def test_one_prompt_has_no_interval_and_one_picture_no_diversity():
     config = configure("--config.reward.name=jpeg_compressibility", "--config.evaluate.images_per_prompt=1")
     with Models(config).scoring() as reward:
         clip = clip_of(reward, config, "cpu")
-        assert set(before_after.measure(config, reward, clip, ["a"], pictures(1, 32))) == {
-            "images", "images_sha256", "reward", "clip", "jpeg_compressibility"
-        }  # fmt: skip
-        assert "reward_interval" in before_after.measure(config, reward, clip, ["a", "b"], pictures(2, 32))
+
+        def measured(*prompts):
+            own = pictures(len(prompts), 32)
+            return before_after.measure(config, before_after.score(reward, prompts, own, 1), clip, prompts, own)
+
+        assert set(measured("a")) == {"images", "images_sha256", "reward", "clip", "jpeg_compressibility"}
+        assert "reward_interval" in measured("a", "b")

@@ -14,7 +14,7 @@ import tiny_flux
 import tiny_sd3
 import tiny_sdxl
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from b2diffurl.bench import densities, random_weights, rates
 from b2diffurl.errors import UserError
@@ -128,6 +128,20 @@ def test_encoders_are_let_go_after_one_loading(kind, monkeypatch):
     assert [reference() for reference in alive] == [None] * len(alive)
     family.embed(["", "a blue square", "a yellow square"])
     assert len(loaded) == 1
+
+
+def test_a_folder_that_lacks_weights_is_refused(kind, tmp_path):
+    """Made up, they would draw other pictures, and no line would say so."""
+    for part in ("text_encoder", "unet" if (kind.pipeline / "unet").exists() else "transformer"):
+        folder = tmp_path / part
+        shutil.copytree(kind.pipeline, folder)
+        (path,) = (folder / part).glob("*.safetensors")
+        weights = load_file(path)
+        del weights[next(name for name in weights if "layers.0" in name or "blocks.0" in name)]
+        save_file(weights, path, {"format": "pt"})
+        family = Models(kind.configure(f"pretrained.model={folder}")).family
+        with pytest.raises(UserError, match=rf"its {part} (lacks 1 weights of a|does not load)"):
+            family.embed(["a red circle"]) if part == "text_encoder" else family.denoiser
 
 
 def test_a_stage_of_one_prompt_can_be_stored(kind, elsewhere):

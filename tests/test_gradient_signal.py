@@ -75,6 +75,15 @@ def test_a_stage_without_a_selection_is_one_line(tmp_path):
         main(configure(tmp_path, *more), tmp_path / "out")
 
 
+def test_half_without_transitions_and_no_gradient_at_all_are_one_line(scheduler, tmp_path):
+    learner = learner_of(scheduler)
+    experience, named = sampled(learner.policy, 6, BRANCHES), lora.parameters(learner.policy.denoiser)
+    with pytest.raises(UserError, match=r"one half of the groups has no transition there; give more"):
+        gradients(learner.policy, named, experience, torch.zeros(len(experience.row)), settings(batch_size=4))
+    with pytest.raises(UserError, match="the gradient is 0"):
+        summary({1: torch.zeros(2, 3), 2: torch.zeros(2, 3)}, {1: 1.0, 2: 1.0})
+
+
 def test_float16_gradients_are_scaled(scheduler):
     """Of a transition they can be below float16's smallest number; a small one has the directions of a large one."""
     learner, both = learner_of(scheduler, torch.float16), []

@@ -42,5 +42,10 @@ def test_a_wrong_picture_is_worth_nothing_on_any_rung(drawn):
         assert not rung(images, wrong).any()
 
 
+def test_another_worlds_prompts_are_said_so(drawn):
+    with pytest.raises(ValueError, match="the miniature world's pictures and prompts alone"):
+        ladder.right_dark(drawn[1][:1], ["a cat washing dishes"])
+
+
 def test_a_picture_of_nothing_is_worth_nothing():
     assert ladder.right_dark_left([Image.new("RGB", (SIZE, SIZE), (20, 20, 20))], ["a red circle"]).tolist() == [0]

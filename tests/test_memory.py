@@ -63,11 +63,24 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(pipeline):
     config = configure("shapes", f"pretrained.model={pipeline}", "train.batch_size=3")
     family = load_family(config)
     sizes = memory.count(family, config)
-    needed = sizes["weights"] + sizes["lora"] + 3 * sizes["activations"]
+    states = 48 * 2 * 21 * 4 * 8 * 8  # best and worst of each group, all 20 steps in the last stage
+    assert memory.trajectories(family, config) == 4 * states
+    needed = sizes["weights"] + sizes["lora"] + 3 * sizes["activations"] + 4 * states
     memory.require(family, config, needed)
     with pytest.raises(UserError, match=r"config\.train\.batch_size=3: training .* takes 0\.0 GiB \(weights"):
         memory.require(family, config, needed - 1)
     assert "denoiser" not in vars(family)
+    for settings, wanted in (
+        (["method=ddpo", "train.algorithm=dpok"], 8 * 48 * 5 * 21 * 256),  # every image, and the base model's means
+        (["train.algorithm=dpo"], 4 * states), (["train.algorithm=dpo", "train.dpo_reference=base"], 8 * states),
+        (["method=dfusion", "sample.branches=9"], 4 * 48 * 8 * 21 * 256),  # 4 pairs
+    ):  # fmt: skip
+        assert memory.trajectories(family, configure("shapes", f"pretrained.model={pipeline}", *settings)) == wanted
+    pairs = configure("shapes", f"pretrained.model={pipeline}", "train.batch_size=1", "train.algorithm=dpo")
+    needed -= sizes["activations"]  # a call of one pair has two transitions
+    memory.require(family, pairs, needed)
+    with pytest.raises(UserError):
+        memory.require(family, pairs, needed - 1)
 
 
 def test_a_part_of_the_weights_and_two_whole_blocks():

@@ -1,5 +1,6 @@
 """Every reward's own loading code on a tiny model of its real class, and the mix."""
 
+import decimal
 import io
 import json
 import pathlib
@@ -154,6 +155,54 @@ def test_a_users_function_gets_pictures_of_its_own(monkeypatch, tmp_path):
     assert [image.size for image in given] == [image.size for image in images()]
     with pytest.raises(UserError, match="it is no function, but float"):
         load("--config.reward.name=math:pi")
+    with pytest.raises(UserError, match="math has no 'nothing'"):
+        load("--config.reward.name=math:nothing")
+    (tmp_path / "broken.py").write_text("import math\n\nmath.nothing\n")
+    with pytest.raises(AttributeError, match="nothing"):  # with the user's own file and line
+        load("--config.reward.name=broken:reward")
+
+
+def test_a_users_function_gets_prompts_and_metadata_of_its_own_and_keeps_its_model():
+    asked, metadata = [], {PROMPTS[0]: {"weight": 3}}
+
+    class Reward_:
+        def __init__(self):
+            self.model = torch.nn.Linear(1, 1)
+
+        def __call__(self, images, prompts, metadata):
+            asked.append(([*prompts], [{**own} for own in metadata]))
+            prompts[0] = "another"
+            return [own.pop("weight", 0) for own in metadata]
+
+    own = Reward_()
+    reward, given = Reward([("mine:reward", 1.0, own)], metadata), [*PROMPTS]
+    for _ in range(2):
+        assert reward.score(images(), given)[0].tolist() == [3, 0, 3, 0, 0]  # the same prompt twice
+    assert given == PROMPTS
+    assert asked[0] == asked[1]
+    reward.move("meta")
+    assert own.model.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        [np.array(1.0), np.array(2.0)], np.array([2.0, 1.0])[::-1], np.array([1, 2], dtype=object),
+        [decimal.Decimal(1), decimal.Decimal(2)], (i + 1 for i in range(2)), torch.tensor([1.0, 2.0]), [1, 2],
+        [torch.tensor(1.0), torch.tensor(2.0)],
+    ],
+    ids=lambda raw: type(raw).__name__,
+)  # fmt: skip
+def test_scores_in_any_usual_form(raw):
+    reward = Reward([("mine:reward", 2.0, lambda images, prompts: raw)])
+    assert reward.score(images()[:2], PROMPTS[:2])[0].tolist() == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("raw", [None, ["a", "b"], [1j, 2j], 3.0, [[1, 2], [3]]], ids=str)
+def test_scores_in_no_form_are_one_line(raw):
+    with pytest.raises(UserError, match="'mine:reward' returned") as caught:
+        Reward([("mine:reward", 1.0, lambda images, prompts: raw)]).score(images()[:2], PROMPTS[:2])
+    assert "\n" not in str(caught.value)
 
 
 def test_clips_features_are_float32s_outside_of_the_score_too(monkeypatch):

@@ -125,10 +125,20 @@ def test_what_a_reward_prints_does_not_hide_the_plan(tmp_path):
 def test_the_evaluations_clip_is_asked_for_before_the_run(tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(rewards, "load_clip", lambda config, device: asked.append(device))
-    for name, wanted in (("jpeg_compressibility", ["cpu"]), ("clip:1 + jpeg_compressibility:0", [])):
+    for settings, wanted in (
+        (["reward.name=jpeg_compressibility"], ["cpu"]), (["reward.name=clip:1 + jpeg_compressibility:0"], []),
+        (["reward.model=ViT-H-14"], ["cpu"]),  # to be downloaded; in the miniature world it is here
+        (["reward.name=math:sqrt + clip:1"], []),
+    ):  # fmt: skip
         asked.clear()
-        preflight.main(configure(tmp_path, f"reward.name={name}"))
+        preflight.main(configure(tmp_path, *settings))
         assert asked == wanted
+    with pytest.raises(UserError, match="math has no 'nothing'"):
+        preflight.main(configure(tmp_path, "reward.name=math:nothing"))
+    loaded = []
+    monkeypatch.setattr(rewards, "_load", lambda name, *_: loaded.append(name))
+    preflight.main(configure(tmp_path, "reward.name=pickscore + jpeg_compressibility + http://localhost:1/a:1"))
+    assert loaded == ["pickscore"]
     capsys.readouterr()
 
 
@@ -335,9 +345,17 @@ def driven(folder, plan, **options):
     return done.stdout.splitlines()
 
 
+def complete(stage):
+    """What a trained stage has left, as the driver sees it."""
+    lora = stage / "checkpoints/checkpoint_1/pytorch_lora_weights.safetensors"
+    lora.parent.mkdir(parents=True)
+    lora.touch()
+
+
 @pytest.mark.parametrize("named", ["sample,select,train", "sample,select,fuse,train"])
 def test_the_driver_runs_every_step_of_every_stage_in_a_process_of_its_own_where_it_is_asked_to(tmp_path, named):
-    (tmp_path / "run/stage1/checkpoints").mkdir(parents=True)
+    complete(tmp_path / "run/stage1")
+    (tmp_path / "run/stage2/checkpoints").mkdir(parents=True)  # one that lost its LoRA is run again
     said = driven(tmp_path, f"3 {named} 0 {tmp_path}/run", CUDA_VISIBLE_DEVICES="")
     config = "--config config/stage_process.py:sdv1.4 --x=1"
     steps = [f"asked: run_{step}.py {config} --config.stage=" for step in named.split(",")]
@@ -349,7 +367,7 @@ def test_the_driver_runs_every_step_of_every_stage_in_a_process_of_its_own_where
 
 
 def test_the_driver_ends_at_a_plateau(tmp_path):
-    (tmp_path / "run/stage1/checkpoints").mkdir(parents=True)
+    complete(tmp_path / "run/stage1")
     said = driven(tmp_path, f"9 sample,select,train 1 {tmp_path}/run", CUDA_VISIBLE_DEVICES="")
     assert {line[-1] for line in said if "run_" in line} == {"0"}
     assert "stage 2 is not begun: the reward has not risen over the last 2 stages" in said

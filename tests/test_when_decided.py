@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from b2diffurl import when_decided
+from b2diffurl.errors import UserError
 from b2diffurl.run.command import parse
 
 
@@ -24,6 +25,12 @@ def test_variance_components_are_unbiased(between):
     # a true 0 comes out as a little more, since negative estimates count as 0
     assert np.mean([f["between_groups"] for f in found]) == pytest.approx(between, abs=0.05)
     assert when_decided.split_variance(np.ones((4, 5)), ["a"] * 20) == {"within": 0, "between_groups": 0}
+
+
+def test_groups_of_one_image_are_refused(tmp_path):
+    config = parse(["test", "--config", "config/stage_process.py:shapes", "--config.sample.branches=1"])[0]
+    with pytest.raises(UserError, match=r"config\.sample\.branches=1: must be at least 2"):
+        when_decided.main(config, str(tmp_path), "")
 
 
 def test_little_is_open_at_the_last_step_and_all_at_the_first(tmp_path):

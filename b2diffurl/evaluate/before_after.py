@@ -62,24 +62,25 @@ def main(config, checkpoint, out, prompts="", loaded=None):
     results, pictures, measures, first = [], {}, [], processes.rank() == 0
 
     def load():
-        if first:  # the others only sample
-            with loaded.scoring() as reward:
+        with loaded.scoring() as reward:
+            if first:  # the others sample and score a share
                 clip = clip_of(reward, config, processes.device())
-            measures.extend([clip, Quality(config, processes.device())])
+                measures.extend([clip, Quality(config, processes.device())])
 
     processes.agree(load)
     loaded.family.embed([prompt for own in lists.values() for prompt in own])  # before the denoiser is there
     evaluated = loaded.evaluating()
     for model, folder in (("before", None), ("after", checkpoint)):
         images = generate(evaluated, lists, folder, model)
+        with loaded.scoring() as reward, reward.answers_in(out):
+            scores = {name: score(reward, own, images[name], count) for name, own in lists.items()}
         if first:
             clip, quality = measures
-            with loaded.scoring() as reward, reward.answers_in(out):
-                for name, own in lists.items():
-                    figures = measure(config, reward, clip, own, images[name]) | quality(images[name], count)
-                    results.append({"model": model, "prompts": name, **figures})
-                    starts = [i * count for i in contact_sheet.shown(own)]
-                    pictures[model, name] = [images[name][i : i + min(count, contact_sheet.COLUMNS)] for i in starts]
+            for name, own in lists.items():
+                figures = measure(config, scores[name], clip, own, images[name]) | quality(images[name], count)
+                results.append({"model": model, "prompts": name, **figures})
+                starts = [i * count for i in contact_sheet.shown(own)]
+                pictures[model, name] = [images[name][i : i + min(count, contact_sheet.COLUMNS)] for i in starts]
         del images
     if first:
         contact_sheet.draw(lists, pictures).save(out / "before_after.tmp.png")
@@ -142,14 +143,23 @@ def generate(loaded, lists, checkpoint, label):
     return {name: [image for own in found for image in own[name]] for name in names}
 
 
-def measure(config, reward, clip, prompts, images):
+def score(reward, prompts, images, count):
+    """Rewards of one list's images, `count` per prompt, as Reward.score has them; every process scores a share."""
+    share, repeated = processes.share(len(images)), [prompt for prompt in prompts for _ in range(count)]
+    mine = images[share], repeated[share]
+    found = [own for own in processes.agree(lambda: reward.score(*mine) if mine[0] else None) if own]
+    terms = {name: np.concatenate([own[name] for _, own in found]) for name in found[0][1]}
+    return np.concatenate([total for total, _ in found]), terms
+
+
+def measure(config, scores, clip, prompts, images):
     """Figures of one list's images, evaluate.images_per_prompt per prompt; intervals are resampled over prompts.
 
-    Reward and its terms, CLIPScore, diversity, and oracle alignment where config.evaluate asks for it.
+    Reward and its terms (scores: of `score`), CLIPScore, diversity, and oracle alignment where config.evaluate asks.
     """
     count = config.evaluate.images_per_prompt
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    total, terms = reward.score(images, repeated)
+    total, terms = scores
     values = {"images": len(images), "images_sha256": hashlib.sha256(b"".join(i.tobytes() for i in images)).hexdigest()}
     values |= _with_interval("reward", total.reshape(-1, count))
     if set(terms) != {"clip"}:

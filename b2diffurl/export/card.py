@@ -58,7 +58,10 @@ pipeline.load_lora_weights("{where}", weight_name="{file}")
 {sampler}pipeline({prompt}, num_inference_steps={steps}, guidance_scale={guidance}{eta}{size}).images[0]
 ```
 """
-SAMPLER = "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # as it was trained\n"
+SAMPLER = """pipeline.scheduler = DDIMScheduler.from_config(  # as it was trained
+    pipeline.scheduler.config, steps_offset=1, clip_sample=False
+)
+"""
 COMFYUI = "`{file}` in ComfyUI's `models/loras`, at strength 1.0. diffusers does not read this form of an SD3's.\n"
 
 

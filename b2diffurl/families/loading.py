@@ -67,7 +67,7 @@ def _read(reader, config, subfolder, **options):
     where = {} if pathlib.Path(model).is_dir() else {"revision": revision(config)}
     try:
         return reader(model, subfolder=subfolder, **where, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, NotImplementedError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"config.pretrained.model={model!r}: its {subfolder} does not load: {reason}") from None
 
@@ -85,5 +85,11 @@ def load_sharded(loader, config, subfolder):
 
 
 def _frozen(loader, config, subfolder, dtype=None):
-    model = load(loader, config, subfolder, torch_dtype=dtype or DTYPES[config.mixed_precision])
+    dtype = dtype or DTYPES[config.mixed_precision]
+    model, found = load(loader, config, subfolder, torch_dtype=dtype, output_loading_info=True)
+    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+        raise UserError(
+            f"config.pretrained.model={config.pretrained.model!r}: its {subfolder} lacks {len(missing)} weights of a "
+            f"{loader.__name__}, {missing[0]} among them"
+        )
     return model.requires_grad_(False).eval()

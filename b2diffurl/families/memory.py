@@ -1,10 +1,14 @@
 """How much memory a model needs to be trained, counted on the meta device: before it is loaded, and without a GPU."""
 
+import math
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from ..credit import most_chosen
 from ..errors import UserError
+from ..losses import ALGORITHMS, refers_to_base
 from ..run import processes
 from . import lora, sharding
 from .loading import DTYPES, load_geometry
@@ -103,10 +107,20 @@ def _bytes(module):
     return sum(own.nbytes for own in module.parameters())
 
 
+def trajectories(family, config):
+    """Bytes on the GPU of what the longest stage trains on at most: its states, and the base model's means."""
+    last = config.copy_and_resolve_references()
+    last.stage = config.schedule.stage_count - 1
+    states = sum(nodes * stored for nodes, stored in most_chosen(last)) * math.prod(family.latent_shape)
+    asks_base = ALGORITHMS[config.train.algorithm].pretrained or refers_to_base(config.train)
+    return states * ((2 if config.mixed_precision == "fp16" else 4) + (4 if asks_base else 0))
+
+
 def require(family, config, available):
     """Raise UserError where training, train.batch_size transitions per call, would not fit into the bytes available."""
     sizes, batch = count(family, config), config.train.batch_size
-    sizes["activations"] *= batch
+    sizes["activations"] *= max(batch, 2) if ALGORITHMS[config.train.algorithm].preference else batch
+    sizes["trajectories"] = trajectories(family, config)
     if sum(sizes.values()) > available:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in sizes.items())
         shared = "several GPUs with config.sharded=True"

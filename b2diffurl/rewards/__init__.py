@@ -6,9 +6,11 @@ prompt file says of the prompts. config.reward.name is one of run.config.REWARDS
 """
 
 import contextlib
+import copy
 import importlib
 import inspect
 
+import numpy as np
 import torch
 
 from ..errors import UserError
@@ -35,10 +37,13 @@ class Reward:
 
     def ask(self, images, prompts):
         """{term: what it returns}, unchecked, in the precision that is set."""
-        known, found = {"metadata": [self.metadata.get(prompt, {}) for prompt in prompts]}, {}
+        found, metadata = {}, [self.metadata.get(prompt, {}) for prompt in prompts]
         for name, _, reward in self.terms:
-            own = [image.copy() for image in images] if is_function(name) else images  # a user's may change them
-            found[name] = reward(own, prompts, **(known if takes_metadata(reward) else {}))
+            given = images, prompts, metadata
+            if is_function(name):  # a user's may change what it gets
+                given = [image.copy() for image in images], [*prompts], [copy.deepcopy(own) for own in metadata]
+            own, asked, more = given
+            found[name] = reward(own, asked, **({"metadata": more} if takes_metadata(reward) else {}))
         return found
 
     @contextlib.contextmanager
@@ -58,8 +63,8 @@ class Reward:
         return torch.from_numpy(self.score(images, prompts)[0]).float()
 
     def move(self, device):
-        """Put the models of all terms there: what waits for the next stage need not fill the GPU."""
-        holders = [term for _, _, term in self.terms]
+        """Put the models of all terms but a user's there: what waits for the next stage need not fill the GPU."""
+        holders = [term for name, _, term in self.terms if not is_function(name)]
         holders += [term.clip for term in holders if hasattr(term, "clip")]
         for model in [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]:
             if isinstance(model, torch.nn.Module):
@@ -123,9 +128,12 @@ def user_function(name):
     """The function of a "package.module:function"; UserError where it does not import, or is none."""
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        imported = importlib.import_module(module)
+    except ImportError as error:
         raise UserError(f"config.reward.name={name!r} does not load: {error}") from None
+    found = getattr(imported, function, None)
+    if found is None:
+        raise UserError(f"config.reward.name={name!r} does not load: {module} has no {function!r}")
     if not callable(found):
         raise UserError(f"config.reward.name={name!r} does not load: it is no function, but {type(found).__name__}")
     return found
@@ -146,7 +154,9 @@ def clip_of(reward, config, device):
 
 def _checked(name, raw, prompts):
     try:
-        raw = torch.as_tensor(raw).detach().double().cpu()
+        if not isinstance(raw, torch.Tensor):
+            raw = torch.from_numpy(np.array(raw if hasattr(raw, "shape") else [*raw], dtype=np.float64))
+        raw = raw.detach().double().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"config.reward.name: {name!r} returned no numbers ({error})") from None
     if raw.shape != (len(prompts),):

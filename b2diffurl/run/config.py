@@ -4,6 +4,7 @@ import importlib.util
 import math
 import pathlib
 import re
+import urllib.parse
 
 from ..credit import PAIRING, RULES
 from ..errors import UserError
@@ -105,6 +106,7 @@ def _check_numbers(config):
     for field in BELOW_1:
         _require(0 <= _get(config, field) < 1, field, _get(config, field), "must be in [0, 1)")
     _require(config.sample.eta <= 1, "sample.eta", config.sample.eta, "must be at most 1")
+    _require(-(2**63) <= config.seed < 2**63, "seed", config.seed, "must fit into 64 bits")
     level, sampler = config.sample.noise_level, config.sample.sampler
     _require(level <= 1 or sampler != "cps", "sample.noise_level", level,
              f"must be at most 1 with config.sample.sampler={sampler}")  # fmt: skip
@@ -174,7 +176,10 @@ def _check_reward(reward):
         _require(math.isfinite(weight), "reward.name", whole, f"the weight of {name!r} must be a finite number")
         module, colon, function = name.partition(":")
         try:
-            found = name in REWARDS or is_url(name) or (colon and function and importlib.util.find_spec(module))
+            if is_url(name):
+                found = urllib.parse.urlsplit(name).hostname
+            else:
+                found = name in REWARDS or (colon and function and importlib.util.find_spec(module))
         except (ImportError, ValueError):
             found = False
         wanted = f"{name!r} must be one of {', '.join(REWARDS)}, http://HOST:PORT/PATH "

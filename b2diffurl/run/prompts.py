@@ -27,10 +27,12 @@ def _rows(path):
         raise UserError(
             f"prompt file {path} does not exist; set config.prompts.train and config.prompts.test"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read as JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # of a path, of UTF-8 or of JSON
+        raise UserError(f"prompt file {path!r} cannot be read as JSON: {error}") from None
     if not isinstance(found, list) or not found or not all(isinstance(p, str) and p.strip() for p in found):
         raise UserError(f'prompt file {path} must hold a JSON array of one or more non-empty strings, like ["a cat"]')
+    for prompt in found:
+        _require_text(path, prompt)
     return [(prompt, {}) for prompt in found]
 
 
@@ -41,11 +43,12 @@ def _of_lines(path, text):
             continue
         try:
             own = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"prompt file {path}, line {number}: no JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"prompt file {path}, line {number}: no JSON ({error})") from None
         prompt = own.get("prompt") if isinstance(own, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f'prompt file {path}, line {number}: must be an object such as {{"prompt": "a cat"}}')
+        _require_text(path, prompt)
         more = {name: value for name, value in own.items() if name != "prompt"}
         if known.setdefault(prompt, more) != more:
             raise UserError(f"prompt file {path}, line {number}: {prompt!r} was there before, and said otherwise")
@@ -53,3 +56,11 @@ def _of_lines(path, text):
     if not rows:
         raise UserError(f"prompt file {path} has no prompts")
     return rows
+
+
+def _require_text(path, prompt):
+    """Raise UserError for half a character, a lone surrogate, which no tokenizer takes."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"prompt file {path}: {prompt!r} is no text ({error.reason})") from None

@@ -18,8 +18,11 @@ LEFT = 13.5  # pixels, of the largest object's centre; with guidance it is seldo
 
 
 def right(images, prompts):
-    """N PIL images of the world, N prompts -> (N,) of 0 and 1, as all rewards here."""
-    return verdicts(images, prompts)
+    """N PIL images of the world, N prompts -> (N,) of 0 and 1, as all rewards here; ValueError for another world's."""
+    found = verdicts(images, prompts)
+    if found is None:
+        raise ValueError("these rewards judge the miniature world's pictures and prompts alone (docs/rewards.md)")
+    return found
 
 
 def right_dark(images, prompts):

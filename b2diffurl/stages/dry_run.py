@@ -3,6 +3,7 @@
 import statistics
 
 from ..bench import rates
+from ..credit import most_chosen
 from ..families import lora
 from ..losses import ALGORITHMS, refers_to_base
 from ..models import Models
@@ -11,9 +12,11 @@ from ..run import metrics
 from ..run.command import run_main
 from ..run.folder import Run
 from ..run.prompts import read_prompts
+from ..update import count_updates, update_size
 from .targets import evaluations
 
 BUDGET = 3.0  # seconds for each measurement
+FEW = 4  # updates per stage, at most; the selection seldom keeps more than half of what it may
 
 
 def main(config):
@@ -43,6 +46,7 @@ def main(config):
         f"run        {Run(config).folder}: {config.method}, {algorithm}, {config.reward.name}",
         f"stages     {len(plans)} of {images} images{f' and {fused} fused ones' if fused else ''}; "
         f"{len(plans) * (images + fused):,} reward queries in all",
+        f"updates    {said_updates(config)}",
         f"evaluation {before_after} images",
         f"disk       {size(sum(disk.values()))} per stage, {size(at_once(config, disk))} at most at one time "
         "(config.keep)",
@@ -71,6 +75,16 @@ def at_once(config, disk):
     """Bytes on the disk at most: what config.keep keeps, and the stage at work."""
     stages, keep = config.schedule.stage_count, {"": 0, **config.keep}
     return sum(count * (min(stages, keep[name] + 1) if keep[name] else stages) for name, count in disk.items())
+
+
+def said_updates(config):
+    """How many updates a stage makes at most, in words; with fewer than a few a run hardly moves."""
+    samples = sum(nodes for nodes, _ in most_chosen(config)) // (
+        2 if ALGORITHMS[config.train.algorithm].preference else 1
+    )
+    most = count_updates(config.train, samples)[config.train.accumulate_over]
+    few = "; that is few: lower config.train.trajectories_per_update" if most < FEW else ""
+    return f"at most {most} per stage, of {update_size(config.train)} samples{few}"
 
 
 def trained(config, plan):

@@ -16,7 +16,7 @@ from ..run import processes
 from ..run.command import run_main
 from ..run.folder import Run, start_log
 from . import fuse, sample, select, train
-from .begin import steps
+from .begin import is_complete, steps
 from .plateau import reached
 
 
@@ -34,7 +34,7 @@ def main(config):
     started, loaded = STARTED, Models(config)
     for stage in range(config.schedule.stage_count):
         config.stage = stage
-        complete = processes.first((Run(config).stage / "checkpoints").is_dir())
+        complete = processes.first(is_complete(config, Run(config).stage, "train"))
         if not complete and processes.first(reached(config)):
             over = 2 * config.schedule.plateau
             log = start_log(Run(config))

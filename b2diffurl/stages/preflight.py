@@ -7,7 +7,7 @@ import subprocess
 from ..errors import UserError
 from ..plan import METHODS
 from ..run.command import run_main
-from ..run.config import is_function, reward_terms
+from ..run.config import REWARDS, is_function, reward_terms
 from ..run.folder import Run
 from ..run.prompts import read_prompts
 from .begin import steps
@@ -22,26 +22,33 @@ def main(config):
     require_gpu()
     run = Run(config)
     run.check(config)
-    for name, _ in reward_terms(config.reward.name):
-        if is_function(name):
-            from ..rewards import user_function
-
-            user_function(name)
+    load_rewards(config)
     if METHODS[config.method].fusion:
         from ..families import load_family
         from .targets import word_thresholds
 
         word_thresholds(config, load_family(config), read_prompts(config.prompts.train))
-    if "clip" not in dict(reward_terms(config.reward.name)):  # the evaluation's; it too may have to be downloaded
-        from ..rewards import load_clip
-
-        load_clip(config, "cpu")
     if config.evaluate.lpips or config.evaluate.inception_score:  # may have to be downloaded
         from ..evaluate.measures import Quality
 
         Quality(config, "cpu")
     processes = "one" if config.one_process else ",".join(steps(config))
     print(config.schedule.stage_count, processes, config.schedule.plateau, run.folder)
+
+
+def load_rewards(config):
+    """Load what may not load, or has to be downloaded: the reward's models, and the evaluation's CLIP."""
+    names = [name for name, _ in reward_terms(config.reward.name)]
+    local = config.reward.model.startswith("local-dir:")  # known to be there
+    models = {name for name in names if name in REWARDS and not name.startswith("jpeg_")} - (
+        {"clip"} if local else set()
+    )
+    if models or "clip" not in names or any(map(is_function, names)):
+        from ..rewards import load_clip, load_reward
+
+        load_reward(config, "cpu", wanted=lambda name: name in models or is_function(name))
+        if "clip" not in names:
+            load_clip(config, "cpu")
 
 
 def require_gpu():

@@ -200,15 +200,16 @@ if __name__ == "__main__":
     for name, own in known.items():
         if unknown := {*(getattr(given, name) or ())} - own.keys():
             parser.error(f"--{name}: no {', '.join(sorted(unknown))} in {', '.join(own)}")
-    tasks, arms = (getattr(given, name) or [*own] for name, own in known.items())
+    tasks, arms = ([*dict.fromkeys(getattr(given, name) or own)] for name, own in known.items())
     kind = f"results_{given.lists}" if given.lists else "results"
-    jobs = benchmark_jobs(tasks, arms, given.seeds or chosen.seeds)
+    seeds = [*dict.fromkeys(given.seeds or ())]
+    jobs = benchmark_jobs(tasks, arms, seeds or chosen.seeds)
     if not given.search and (left := unsearched(chosen, arms)):
         parser.error(f"{', '.join(left)}: no learning rate in designs.py yet; --search tries some")
     if given.search:
         tasks = [task for task in tasks if chosen.tasks[task].search]
         grid = {arm: chosen.grid[arm] for arm in arms}
-        kind, jobs = "search", search_jobs(tasks, grid, given.seeds or chosen.search_seeds)
+        kind, jobs = "search", search_jobs(tasks, grid, seeds or chosen.search_seeds)
     try:
         folder = (given.out or pathlib.Path(chosen.folder)) / kind
         folder.mkdir(parents=True, exist_ok=True)

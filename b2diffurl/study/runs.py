@@ -35,7 +35,8 @@ def measure(config, checkpoint, loaded):
     for name, prompts in lists.items():
         with loaded.scoring() as reward:
             clip = clip_of(reward, config, processes.device())
-            found = before_after.measure(config, reward, clip, prompts, images[name])
+            scores = before_after.score(reward, prompts, images[name], config.evaluate.images_per_prompt)
+            found = before_after.measure(config, scores, clip, prompts, images[name])
         for key in ("reward", "oracle", "diversity"):
             values[f"{key}_{name}"] = found[key]
         values[f"entropy_{name}"] = open_entropy(images[name], config.evaluate.images_per_prompt)
