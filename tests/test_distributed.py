@@ -1,6 +1,7 @@
 """Two processes do what one does but for rounding: the same pictures, the same selection, the same LoRA."""
 
 import itertools
+import json
 import os
 import pathlib
 import subprocess
@@ -105,6 +106,9 @@ def test_two_processes_are_one(tmp_path):
     for mine, other in zip(read(one / "metrics.jsonl"), read(two / "metrics.jsonl"), strict=True):
         for key in set(same) & set(mine):
             assert mine[key] == pytest.approx(other[key], rel=0.02, abs=1e-3), key
+    mine, other = (json.loads((run / "eval.json").read_text())["results"][0] for run in (one, two))
+    for key in ("reward", "reward_interval", "oracle", "diversity"):  # of the base model, scored by both processes
+        assert mine.get(key) == pytest.approx(other.get(key), abs=2e-3), key
 
 
 PARTS = """
