@@ -41,11 +41,13 @@ def plateau_run(folder, *more):
 @pytest.mark.usefixtures("elsewhere")
 def test_a_run_ends_at_a_plateau_and_evaluates_what_it_has(tmp_path, monkeypatch, capsys):
     """Rewards 1, 2, 2: the stage after them is not begun, by the loop nor by the script's question."""
-    evaluated, rewards = [], [1.0, 2.0, 2.0, 9.0, 9.0, 9.0]
+    evaluated, rewards, trained = [], [1.0, 2.0, 2.0, 9.0, 9.0, 9.0], []
 
     def run_stage(config, *_):
         run = Run(config)
-        run.checkpoint.mkdir(parents=True)
+        run.checkpoint.mkdir(parents=True, exist_ok=True)
+        (run.checkpoint / "pytorch_lora_weights.safetensors").touch()
+        trained.append(config.stage)
         metrics.record(run.metrics, config, "select", {"reward/mean": rewards[config.stage]})
 
     monkeypatch.setattr(loop, "run_stage", run_stage)
@@ -61,6 +63,10 @@ def test_a_run_ends_at_a_plateau_and_evaluates_what_it_has(tmp_path, monkeypatch
     loop.main(plateau_run(tmp_path, "schedule.plateau=0"))  # the setting may change: the run goes on
     loop.main(plateau_run(tmp_path))  # and what is complete stays
     assert evaluated[2:] == [tmp_path / "t/stage5/checkpoints/checkpoint_1"] * 2
+    assert trained == [0, 1, 2, 3, 4, 5]
+    (tmp_path / "t/stage4/checkpoints/checkpoint_1/pytorch_lora_weights.safetensors").unlink()
+    loop.main(plateau_run(tmp_path))
+    assert trained[6:] == [4]  # a stage that lost its LoRA is not complete
 
 
 @pytest.mark.parametrize(("rise", "told"), [(2.03, ["o"]), (1.97, [])])
