@@ -1,5 +1,6 @@
 """The before/after measures against brute force."""
 
+import contextlib
 import itertools
 import json
 import urllib.error
@@ -251,3 +252,26 @@ def test_one_prompt_has_no_interval_and_one_picture_no_diversity():
 
         assert set(measured("a")) == {"images", "images_sha256", "reward", "clip", "jpeg_compressibility"}
         assert "reward_interval" in measured("a", "b")
+
+
+def test_figures_are_taken_while_the_rewards_models_are_on_the_device(tmp_path, monkeypatch):
+    """The figures' CLIP can be a term of the reward, which waits in the machine's memory between two uses."""
+    inside, seen, scoring, measure = [], [], Models.scoring, before_after.measure
+
+    @contextlib.contextmanager
+    def watched(self):
+        with scoring(self) as reward:
+            inside.append(True)
+            yield reward
+            inside.pop()
+
+    monkeypatch.setattr(Models, "scoring", watched)
+    monkeypatch.setattr(before_after, "measure", lambda *given: seen.append(bool(inside)) or measure(*given))
+    (tmp_path / "one.json").write_text('["a red circle"]')
+    config = configure("--config.evaluate.images_per_prompt=1", "--config.sample.num_steps=1",
+                       "--config.schedule.left=1", "--config.schedule.right=1")  # fmt: skip
+    loaded = Models(config)
+    loaded.trainable()
+    lora_module.save(loaded.family.denoiser, tmp_path, {})
+    before_after.main(config, tmp_path, tmp_path / "out", str(tmp_path / "one.json"), loaded)
+    assert seen == [True, True]

@@ -189,7 +189,7 @@ def test_a_users_function_gets_prompts_and_metadata_of_its_own_and_keeps_its_mod
     [
         [np.array(1.0), np.array(2.0)], np.array([2.0, 1.0])[::-1], np.array([1, 2], dtype=object),
         [decimal.Decimal(1), decimal.Decimal(2)], (i + 1 for i in range(2)), torch.tensor([1.0, 2.0]), [1, 2],
-        [torch.tensor(1.0), torch.tensor(2.0)],
+        [torch.tensor(1.0), torch.tensor(2.0, requires_grad=True)],
     ],
     ids=lambda raw: type(raw).__name__,
 )  # fmt: skip

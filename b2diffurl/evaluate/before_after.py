@@ -74,9 +74,8 @@ def main(config, checkpoint, out, prompts="", loaded=None):
         images = generate(evaluated, lists, folder, model)
         with loaded.scoring() as reward, reward.answers_in(out):
             scores = {name: score(reward, own, images[name], count) for name, own in lists.items()}
-        if first:
-            clip, quality = measures
-            for name, own in lists.items():
+            for name, own in lists.items() if first else ():  # in here: clip may be a term, and waits elsewhere outside
+                clip, quality = measures
                 figures = measure(config, scores[name], clip, own, images[name]) | quality(images[name], count)
                 results.append({"model": model, "prompts": name, **figures})
                 starts = [i * count for i in contact_sheet.shown(own)]

@@ -155,7 +155,9 @@ def clip_of(reward, config, device):
 def _checked(name, raw, prompts):
     try:
         if not isinstance(raw, torch.Tensor):
-            raw = torch.from_numpy(np.array(raw if hasattr(raw, "shape") else [*raw], dtype=np.float64))
+            if not hasattr(raw, "shape"):  # a list's tensors may be on a GPU, or have a gradient
+                raw = [value.item() if hasattr(value, "item") else value for value in raw]
+            raw = torch.from_numpy(np.array(raw, dtype=np.float64))
         raw = raw.detach().double().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"config.reward.name: {name!r} returned no numbers ({error})") from None
