@@ -87,16 +87,16 @@ def test_the_protocols_numbers():
         {"schedule.untrained": 0, "train.algorithm": "ddpo_is"},
     ]  # fmt: skip
     flow = DESIGNS["flow"]
-    assert (flow.preset, flow.seeds, flow.budget) == ("shapes_flow", tuple(range(601, 606)), 1440)
+    assert (flow.preset, flow.seeds, flow.budget) == ("shapes_flow", tuple(range(601, 611)), 1440)
     assert {name: task.success for name, task in flow.tasks.items()} == {
         "attribute": "right", "dark": "right_dark", "plain": "right_plain"
     }  # fmt: skip
     lists = [(task.lists, task.search) for task in flow.tasks.values()]
     assert lists == [("paired_study", "paired_search"), ("paired_study", ""), ("paired_study", "")]
-    assert (flow.shared, flow.search_seeds, flow.less) == ({}, (201,), {})
-    assert flow.comparisons == (("b2", "ddpo"),)
+    assert (flow.shared, flow.search_seeds, flow.less) == ({}, (201, 202), {})
+    assert flow.comparisons == tuple(("b2", other) for other in ("ddpo", "ddpo_bpt", "ddpo_bs"))
     four = [(rate, count) for rate in (5e-3, 1e-2) for count in (30, 60)]
-    assert [*flow.arms] == ["ddpo", "b2"]
+    assert [*flow.arms] == ["ddpo", "ddpo_bpt", "ddpo_bs", "b2"]
     for arm in flow.arms:
         assert [tuple(own.values()) for own in flow.grid[arm]] == four
     for arm in SPARSE.arms:  # as many settings of rates and updates
@@ -131,7 +131,10 @@ def test_other_prompts_for_all_tasks_in_a_folder_of_ones_own(tmp_path):
         assert (done.returncode, "--lists: with an --out of your own" in done.stderr) == (2, True)
 
 
-@pytest.mark.parametrize(("arm", "firsts"), [("ddpo", [0] * 6), ("b2", [6, 5, 4, 3, 2, 1])])
+@pytest.mark.parametrize(
+    ("arm", "firsts"),
+    [("ddpo", [0] * 6), ("ddpo_bpt", [6, 5, 4, 3, 2, 1]), ("ddpo_bs", [3] * 6), ("b2", [6, 5, 4, 3, 2, 1])],
+)
 def test_the_flows_intervals_are_the_protocols(arm, firsts, tmp_path):
     config = benchmark.configure(benchmark.Job("dark", arm, 601), tmp_path, DESIGNS["flow"])
     assert config.schedule.stage_count == 6

@@ -101,13 +101,17 @@ FLOW = Design(
         **{name: Task(f"{LADDER}right_{name}", f"right_{name}", "paired_study") for name in ("dark", "plain")},
     },
     shared={},
-    arms={"ddpo": {"method": "ddpo"}, "b2": {"method": "b2"}},
+    arms={
+        "ddpo": {"method": "ddpo"}, "ddpo_bpt": {"method": "ddpo_bpt"},
+        "ddpo_bs": {"method": "ddpo_bs", "schedule.right": 17}, "b2": {"method": "b2"},
+    },
     budget=1440,
     less={},
-    grid=dict.fromkeys(("ddpo", "b2"), rates_and_updates((5e-3, 1e-2), (30, 60))),
-    comparisons=(("b2", "ddpo"),),
+    grid=dict.fromkeys(("ddpo", "ddpo_bpt", "ddpo_bs", "b2"), rates_and_updates((5e-3, 1e-2), (30, 60))),
+    comparisons=(("b2", "ddpo"), ("b2", "ddpo_bpt"), ("b2", "ddpo_bs")),
     reference="ddpo",
-    seeds=tuple(range(601, 606)),
+    seeds=tuple(range(601, 611)),
+    search_seeds=(201, 202),
 )  # fmt: skip
 
 FUSED = {"method": "dfusion", "sample.groups": 10}  # 160 images and 80 targets per stage
