@@ -93,7 +93,8 @@ def test_the_protocols_numbers():
     }  # fmt: skip
     lists = [(task.lists, task.search) for task in flow.tasks.values()]
     assert lists == [("paired_study", "paired_search"), ("paired_study", ""), ("paired_study", "")]
-    assert (flow.shared, flow.search_seeds, flow.less) == ({}, (201, 202), {})
+    searched = {"train.learning_rate": 1e-2, "train.trajectories_per_update": 30}
+    assert (flow.shared, flow.search_seeds, flow.less) == (searched, (201, 202), {})
     assert flow.comparisons == tuple(("b2", other) for other in ("ddpo", "ddpo_bpt", "ddpo_bs"))
     four = [(rate, count) for rate in (5e-3, 1e-2) for count in (30, 60)]
     assert [*flow.arms] == ["ddpo", "ddpo_bpt", "ddpo_bs", "b2"]
@@ -145,10 +146,11 @@ def test_the_flows_intervals_are_the_protocols(arm, firsts, tmp_path):
 
 
 def test_an_arm_without_its_searched_rate_is_not_run():
-    assert benchmark.unsearched(DESIGNS["flow"], ["ddpo", "b2"]) == ["ddpo", "b2"]
-    rated = DESIGNS["flow"]._replace(arms={"b2": {"train.learning_rate": 1e-2}, "ddpo": {}})
+    unrated = DESIGNS["flow"]._replace(shared={})
+    assert benchmark.unsearched(unrated, ["ddpo", "b2"]) == ["ddpo", "b2"]
+    rated = unrated._replace(arms={"b2": {"train.learning_rate": 1e-2}, "ddpo": {}})
     assert benchmark.unsearched(rated, ["ddpo", "b2"]) == ["ddpo"]
-    for name in ("sparse", "dfusion"):
+    for name in DESIGNS:
         assert benchmark.unsearched(DESIGNS[name], DESIGNS[name].arms) == []
 
 

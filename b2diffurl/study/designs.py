@@ -100,7 +100,7 @@ FLOW = Design(
         "attribute": Task("clip", "right", "paired_study", "paired_search"),
         **{name: Task(f"{LADDER}right_{name}", f"right_{name}", "paired_study") for name in ("dark", "plain")},
     },
-    shared={},
+    shared=rate_and_updates(1e-2, 30),
     arms={
         "ddpo": {"method": "ddpo"}, "ddpo_bpt": {"method": "ddpo_bpt"},
         "ddpo_bs": {"method": "ddpo_bs", "schedule.right": 17}, "b2": {"method": "b2"},
