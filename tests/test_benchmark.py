@@ -44,7 +44,8 @@ def test_every_job_can_be_configured(tmp_path, design):
         assert getattr(ladder, design.tasks[job.task].success)
         assert ("search" in config.prompts.test) == job.search
     assert len(names) == len(seen)
-    assert {arm for pair in design.comparisons for arm in pair} <= design.arms.keys()
+    assert {arm for pair in (*design.comparisons, *design.later) for arm in pair} <= design.arms.keys()
+    assert {*dict(design.lean), *design.rivals} <= design.arms.keys()
     assert design.grid.keys() <= design.arms.keys()
     same = benchmark.Job(*first[0][:2], design.search_seeds[0])
     assert "search" not in benchmark.configure(same, tmp_path, design).prompts.test
@@ -53,7 +54,7 @@ def test_every_job_can_be_configured(tmp_path, design):
 def test_the_protocols_numbers():
     """They were written down before the runs: what changes here changes the protocol."""
     assert (SPARSE.seeds, SPARSE.budget, SPARSE.every) == (tuple(range(501, 511)), 1440, 240)
-    assert SPARSE.less == {"b2_lean": 720, "ddpo_lean": 720}
+    assert SPARSE.less == dict.fromkeys(("b2_lean", "ddpo_lean", "b2_half", "ddpo_half"), 720)
     assert SPARSE.shared == {"train.log_prob": "sum", "train.clip_range": 0.2}
     chosen = {
         "ddpo": (8e-3, 64), "ddpo_contrast": (4e-3, 32), "ddpo_bpt": (4e-3, 32), "ddpo_bs": (8e-3, 16), "b2": (4e-3, 16)
@@ -77,6 +78,12 @@ def test_the_protocols_numbers():
     assert SPARSE.rivals == ("b2", "ddpo")
     others = ("ddpo", "ddpo_contrast", "ddpo_bpt", "ddpo_bs")
     assert SPARSE.comparisons == (*(("b2", other) for other in others), ("b2_lean", "ddpo_lean"))
+    half = {**lean, "schedule.untrained": 6, "train.negative_weight": 0.5, "evaluate.guidance_scale": 5.0}
+    drawn = {"sample.guidance_scale": 5.0}
+    assert SPARSE.arms["b2_half"] == {"method": "b2", "schedule.right": 17, **half, **drawn}
+    assert SPARSE.arms["ddpo_half"] == {"method": "ddpo", **half, "train.learning_rate": 8e-3, **drawn}
+    assert [*SPARSE.grid["b2_half"]] == [{"sample.guidance_scale": scale} for scale in (5.0, 4.0, 3.5)]
+    assert (SPARSE.later, SPARSE.lean) == ((("b2_half", "ddpo_half"),), (("b2_lean", 0.95), ("b2_half", 0.975)))
     assert SPARSE.search_seeds == (202, 203)
     assert [name for name, task in SPARSE.tasks.items() if task.search == "search"] == ["attribute", "left"]
     changed = [own for own in SPARSE.grid["b2_lean"] if "train.learning_rate" not in own]
@@ -100,7 +107,7 @@ def test_the_protocols_numbers():
     assert [*flow.arms] == ["ddpo", "ddpo_bpt", "ddpo_bs", "b2"]
     for arm in flow.arms:
         assert [tuple(own.values()) for own in flow.grid[arm]] == four
-    for arm in SPARSE.arms:  # as many settings of rates and updates
+    for arm in SPARSE.arms.keys() - {"b2_half", "ddpo_half"}:  # as many settings of rates and updates
         tried = [
             own for own in SPARSE.grid[arm] if own.keys() == {"train.learning_rate", "train.trajectories_per_update"}
         ]
@@ -305,7 +312,8 @@ def test_the_primary_outcome_is_over_the_seeds_that_have_all_tasks():
     gaps = [((0.5 - 0.6) + (0.4 - 0.3)) / 2, ((0.7 - 0.6) + (0.5 - 0.3)) / 2]
     mean, low, high = interval(gaps)
     wanted = (
-        f"| b2_lean at its end - b2 at its | 2 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {lower_bound(gaps):+.3f} |"
+        f"| b2_lean at its end - b2 at its | 2 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | "
+        f"{lower_bound(gaps):+.3f} (95 %) |"
     )
     assert line.startswith(wanted)
     assert line.endswith("| 1.00 | not decided: 2 of 10 seeds |")
@@ -464,6 +472,7 @@ def test_the_quantiles_are_those_of_the_p_value(count):
     for end in interval(values)[1:]:
         assert p_value(values - end) == pytest.approx(0.05, abs=1e-4)
     assert p_value(values - lower_bound(values)) == pytest.approx(0.1, abs=1e-4)
+    assert lower_bound(values, 0.975) == pytest.approx(interval(values)[1])
     assert p_value([1, 1]) == 0
     assert p_value([0, 0]) == 1
     many = np.linspace(-1, 1, 14)

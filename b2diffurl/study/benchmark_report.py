@@ -1,5 +1,6 @@
 """The benchmark's table.md, curves.png and ratios.png from its rows."""
 
+import itertools
 import os
 
 import numpy as np
@@ -121,24 +122,22 @@ def _median(values):
 
 
 def primary(runs, base, design):
-    """Markdown lines: design.lean at its end against its rivals at theirs, every seed's value the mean of the tasks.
+    """Markdown lines: the arms of design.lean at their end against the rivals at theirs, by seed, means of the tasks.
 
     Only over the seeds that have all of them. Diversity is compared at equal success (paths.diversity_gap); runs that
     stopped with an error have no part in it, nor in passes.
     """
-    head = (
-        "| primary | seeds | held-out: end | one-sided 95 % bound | equal success: diversity | passes, ratio | holds |"
-    )
+    head = "| primary | seeds | held-out: end | one-sided bound | equal success: diversity | passes, ratio | holds |"
     lines = [head, "| --- " * 7 + "|"]
-    for other in design.rivals:
-        pairs = [(runs.get((task, design.lean, ""), {}), runs.get((task, other, ""), {})) for task in design.tasks]
+    for (lean, confidence), other in itertools.product(design.lean, design.rivals):
+        pairs = [(runs.get((task, lean, ""), {}), runs.get((task, other, ""), {})) for task in design.tasks]
         seeds = sorted(set.intersection(*(own.keys() & theirs.keys() for own, theirs in pairs)))
         if len(seeds) < 2:
             continue
         by_seed = [[(own[seed], theirs[seed]) for own, theirs in pairs] for seed in seeds]
         gaps = [np.mean([a[-1]["success_test"] - b[-1]["success_test"] for a, b in of_seed]) for of_seed in by_seed]
         whole = [of_seed for of_seed in by_seed if not any("failed" in run[-1] for both in of_seed for run in both)]
-        bound, diversity, ratio, holds = lower_bound(gaps), "-", "-", False
+        bound, diversity, ratio, holds = lower_bound(gaps, confidence), "-", "-", False
         if whole:
             gaps_of_diversity = [
                 np.mean([diversity_gap(*both, base[task]) for task, both in zip(design.tasks, of_seed, strict=True)])
@@ -150,8 +149,8 @@ def primary(runs, base, design):
         wanted = len(design.seeds)
         verdict = f"not decided: {len(seeds)} of {wanted} seeds" if len(seeds) < wanted else str(bool(holds))
         cells = (
-            f"{design.lean} at its end - {other} at its", str(len(seeds)), said_of(gaps, "+.3f"), f"{bound:+.3f}",
-            diversity, ratio, verdict,
+            f"{lean} at its end - {other} at its", str(len(seeds)), said_of(gaps, "+.3f"),
+            f"{bound:+.3f} ({100 * confidence:g} %)", diversity, ratio, verdict,
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines if len(lines) > 2 else []
@@ -160,28 +159,26 @@ def primary(runs, base, design):
 def differences(runs, base, design):
     """Markdown lines: pairs of arms by seed and task, in the area, with Holm's p-values.
 
-    The area is that under the held-out curve as far as both runs went.
+    The area is that under the held-out curve as far as both runs went. design.later is corrected for itself.
     """
-    found = []
-    for task in base:
-        for arm, other in design.comparisons:
+    lines = ["| task | arm | against | seeds | held-out: area | p, by Holm |", "| --- " * 6 + "|"]
+    for family in (design.comparisons, design.later):
+        found = []
+        for task, (arm, other) in itertools.product(base, family):
             areas = [*_areas(runs, base, task, arm, other).values()]
             if len(areas) > 1:
                 found.append((task, arm, other, areas))
-    if not found:
-        return []
-    missing = len(design.comparisons) * len(design.tasks) - len(found)  # they count as if they had shown nothing
-    corrected = holm([p_value(areas) for *_, areas in found] + [1.0] * missing)[: len(found)]
-    lines = ["| task | arm | against | seeds | held-out: area | p, by Holm |", "| --- " * 6 + "|"]
-    for (task, arm, other, areas), p in zip(found, corrected, strict=True):
-        lines.append(f"| {task} | {arm} | {other} | {len(areas)} | {said_of(areas, '+.3f')} | {p:.2g} |")
-    return lines
+        missing = len(family) * len(design.tasks) - len(found)  # they count as if they had shown nothing
+        corrected = holm([p_value(areas) for *_, areas in found] + [1.0] * missing)[: len(found)]
+        for (task, arm, other, areas), p in zip(found, corrected, strict=True):
+            lines.append(f"| {task} | {arm} | {other} | {len(areas)} | {said_of(areas, '+.3f')} | {p:.2g} |")
+    return lines if len(lines) > 2 else []
 
 
 def pooled(runs, base, design):
     """Markdown lines: the same of the mean of the tasks, over the seeds that have all of them, uncorrected."""
     lines = ["| mean of the tasks | against | seeds | held-out: area | p, uncorrected |", "| --- " * 5 + "|"]
-    for arm, other in design.comparisons:
+    for arm, other in (*design.comparisons, *design.later):
         by_task = [_areas(runs, base, task, arm, other) for task in design.tasks]
         seeds = sorted(set.intersection(*map(set, by_task)))
         if len(seeds) > 1:

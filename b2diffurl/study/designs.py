@@ -26,7 +26,8 @@ class Design(typing.NamedTuple):
     less: dict  # {arm: the same where it is less}
     grid: dict  # what the search tries: {arm: [settings over it]}
     comparisons: tuple  # (arm, other), by the area under the held-out curve, in every task
-    lean: str = ""  # the arm of the primary outcome: at its end against the rivals at theirs
+    later: tuple = ()  # the same of a second look, corrected for themselves
+    lean: tuple = ()  # (arm of a primary outcome, its bound's confidence): at its end against the rivals at theirs
     rivals: tuple = ()
     margin: float = 0.02  # how far below a rival's the lean arm's held-out success may be
     diversity_margin: float = 0.01  # and its diversity
@@ -48,11 +49,13 @@ def rates_and_updates(rates, counts):
 
 
 RATES = 4e-3, 8e-3  # that the search tries
+GUIDANCES = 5.0, 4.0, 3.5
 ATTRIBUTE = Task("clip", "right", "study", "search")
 LEAN = {
     "select.credit": "all", "sample.groups": 24, "train.num_epochs": 1, "schedule.untrained": 10,
     "train.algorithm": "dpok", "train.kl_weight": 0.1, **rate_and_updates(4e-3, 16),
 }  # fmt: skip
+HALF = {**LEAN, "schedule.untrained": 6, "train.negative_weight": 0.5, "evaluate.guidance_scale": 5.0}
 SPARSE = Design(
     folder="docs/benchmark",
     tasks={
@@ -69,9 +72,11 @@ SPARSE = Design(
         "b2": {"method": "b2", **rate_and_updates(4e-3, 16)},
         "b2_lean": {"method": "b2", "schedule.right": 17, **LEAN},
         "ddpo_lean": {"method": "ddpo", **LEAN, **rate_and_updates(8e-3, 16)},
+        "b2_half": {"method": "b2", "schedule.right": 17, **HALF, "sample.guidance_scale": 5.0},
+        "ddpo_half": {"method": "ddpo", **HALF, **rate_and_updates(8e-3, 16), "sample.guidance_scale": 5.0},
     },
     budget=1440,
-    less=dict.fromkeys(("b2_lean", "ddpo_lean"), 720),
+    less=dict.fromkeys(("b2_lean", "ddpo_lean", "b2_half", "ddpo_half"), 720),
     grid={
         **dict.fromkeys(("ddpo", "ddpo_bpt"), rates_and_updates(RATES, (32, 64))),
         **dict.fromkeys(("ddpo_contrast", "ddpo_bs", "b2"), rates_and_updates(RATES, (16, 32))),
@@ -82,11 +87,13 @@ SPARSE = Design(
             {"schedule.untrained": 0, "train.algorithm": "ddpo_is"},
         ],
         "ddpo_lean": rates_and_updates(RATES, (16, 32)),
+        "b2_half": [{"sample.guidance_scale": scale} for scale in GUIDANCES],
     },
     comparisons=(
         ("b2", "ddpo"), ("b2", "ddpo_contrast"), ("b2", "ddpo_bpt"), ("b2", "ddpo_bs"), ("b2_lean", "ddpo_lean"),
     ),
-    lean="b2_lean",
+    later=(("b2_half", "ddpo_half"),),
+    lean=(("b2_lean", 0.95), ("b2_half", 0.975)),
     rivals=("b2", "ddpo"),
     reference="ddpo",
     seeds=tuple(range(501, 511)),
