@@ -187,17 +187,20 @@ def shapes():
 
 
 def shapes_lean():
-    """`shapes` with half of its reward queries, 1440: `b2_lean` of docs/benchmark/protocol.md, for 12 stages, not 6."""
+    """`shapes` with half of its reward queries, 1440: `b2_half` of docs/benchmark/protocol.md, for 12 stages, not 6."""
     config = shapes().unlock()
     config.exp_name = "shapes_lean"
-    config.schedule.right = 17  # steps 6 to 9 at first, 3 to 9 at last
-    config.schedule.untrained = 10  # with the last ten, two halves' gradients agree less (docs/algorithms.md)
+    config.schedule.right = 17  # steps 6 to 13 at first, 3 to 13 at last
+    config.schedule.untrained = 6  # with the last ones, two halves' gradients agree less (docs/algorithms.md)
     config.select.credit = "all"  # every branch
     config.sample.groups = 24  # smaller stages: 120 queries
+    config.sample.guidance_scale = 3.5  # ends higher than with 5 (docs/benchmark)
+    config.evaluate.guidance_scale = 5.0  # as in shapes
     config.train.num_epochs = 1
     config.train.trajectories_per_update = 16
     config.train.algorithm = "dpok"
     config.train.kl_weight = 0.1  # without it, in a search's run, one train prompt fell to 0.31
+    config.train.negative_weight = 0.5  # a little more diversity
     return config.lock()
 
 

@@ -117,7 +117,7 @@ def test_the_protocols_numbers():
 def test_the_preset_is_the_arm(tmp_path):
     preset = parse(["x", "--config", "config/stage_process.py:shapes_lean"])[0]
     assert preset.schedule.stage_count * benchmark.queries(preset) == 1440
-    arm = flat(benchmark.configure(benchmark.Job("attribute", "b2_lean", 501), tmp_path, SPARSE))
+    arm = flat(benchmark.configure(benchmark.Job("attribute", "b2_half", 501), tmp_path, SPARSE))
     others = ("exp_name", "save_path", "seed", "schedule.stage_count", "evaluate.images_per_prompt")
     for name, value in flat(preset).items():
         assert name in others or name.startswith(("keep.", "prompts.")) or arm[name] == value, name
