@@ -82,6 +82,8 @@ def test_the_protocols_numbers():
     drawn = {"sample.guidance_scale": 3.5}
     assert SPARSE.arms["b2_half"] == {"method": "b2", "schedule.right": 17, **half, **drawn}
     assert SPARSE.arms["ddpo_half"] == {"method": "ddpo", **half, "train.learning_rate": 8e-3, **drawn}
+    for arm in ("b2", "ddpo"):
+        assert SPARSE.arms[f"{arm}_guided"] == {**SPARSE.arms[arm], **drawn, "evaluate.guidance_scale": 5.0}
     assert [*SPARSE.grid["b2_half"]] == [{"sample.guidance_scale": scale} for scale in (5.0, 4.0, 3.5)]
     assert (SPARSE.later, SPARSE.lean) == ((("b2_half", "ddpo_half"),), (("b2_lean", 0.95), ("b2_half", 0.975)))
     assert SPARSE.search_seeds == (202, 203)
@@ -107,7 +109,7 @@ def test_the_protocols_numbers():
     assert [*flow.arms] == ["ddpo", "ddpo_bpt", "ddpo_bs", "b2"]
     for arm in flow.arms:
         assert [tuple(own.values()) for own in flow.grid[arm]] == four
-    for arm in SPARSE.arms.keys() - {"b2_half", "ddpo_half"}:  # as many settings of rates and updates
+    for arm in SPARSE.grid.keys() - {"b2_half"}:  # as many settings of rates and updates
         tried = [
             own for own in SPARSE.grid[arm] if own.keys() == {"train.learning_rate", "train.trajectories_per_update"}
         ]

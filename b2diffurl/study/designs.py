@@ -55,7 +55,8 @@ LEAN = {
     "select.credit": "all", "sample.groups": 24, "train.num_epochs": 1, "schedule.untrained": 10,
     "train.algorithm": "dpok", "train.kl_weight": 0.1, **rate_and_updates(4e-3, 16),
 }  # fmt: skip
-HALF = {**LEAN, "schedule.untrained": 6, "train.negative_weight": 0.5, "evaluate.guidance_scale": 5.0}
+GUIDED = {"sample.guidance_scale": 3.5, "evaluate.guidance_scale": 5.0}
+HALF = {**LEAN, "schedule.untrained": 6, "train.negative_weight": 0.5, **GUIDED}
 SPARSE = Design(
     folder="docs/benchmark",
     tasks={
@@ -72,8 +73,10 @@ SPARSE = Design(
         "b2": {"method": "b2", **rate_and_updates(4e-3, 16)},
         "b2_lean": {"method": "b2", "schedule.right": 17, **LEAN},
         "ddpo_lean": {"method": "ddpo", **LEAN, **rate_and_updates(8e-3, 16)},
-        "b2_half": {"method": "b2", "schedule.right": 17, **HALF, "sample.guidance_scale": 3.5},
-        "ddpo_half": {"method": "ddpo", **HALF, **rate_and_updates(8e-3, 16), "sample.guidance_scale": 3.5},
+        "b2_half": {"method": "b2", "schedule.right": 17, **HALF},
+        "ddpo_half": {"method": "ddpo", **HALF, **rate_and_updates(8e-3, 16)},
+        "ddpo_guided": {"method": "ddpo", **rate_and_updates(8e-3, 64), **GUIDED},
+        "b2_guided": {"method": "b2", **rate_and_updates(4e-3, 16), **GUIDED},
     },
     budget=1440,
     less=dict.fromkeys(("b2_lean", "ddpo_lean", "b2_half", "ddpo_half"), 720),
