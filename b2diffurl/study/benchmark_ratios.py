@@ -58,7 +58,7 @@ def draw(path, runs, base, reference):
         return
     shown = {task for own in found["queries"].values() for task in own}
     tasks = sorted(shown, key=lambda task: (base[task]["success_test"], task))
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     for panel, (across, name) in zip(figure.subplots(1, 2), AXES.items(), strict=True):
         for number, (arm, points) in enumerate(found[across].items()):
             ratio, low, high = np.array([*points.values()]).T
@@ -70,7 +70,7 @@ def draw(path, runs, base, reference):
         ticks = (0.1, 0.2, 0.5, 1, 2)
         panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.set_yticks([], minor=True)
-        panel.legend(fontsize="x-small")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=8, fontsize="small")
     aside = path.with_name("ratios.tmp.png")
     FigureCanvasAgg(figure).print_png(aside)
     os.replace(aside, path)

@@ -209,27 +209,29 @@ def _between(middle, low, high, form=".3f"):
 def draw(path, runs, base):
     """Write curves.png: held-out success by queries and by forward passes, a row of panels per task.
 
-    With intervals of the arms with benchmark_ratios.SEEDS seeds or more.
+    Of the arms with benchmark_ratios.SEEDS seeds or more, with intervals; of all, without, where none has as many.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys(task for task, _, _ in runs))
-    figure = Figure(figsize=(10, 3.6 * len(tasks)), layout="constrained")
+    whole = {cell: own for cell, own in runs.items() if len(own) >= benchmark_ratios.SEEDS}
+    shown = whole or runs
+    tasks, arms = (list(dict.fromkeys(cell[i] for cell in shown)) for i in (0, 1))
+    figure, lines = Figure(figsize=(10, 3.4 * len(tasks) + 0.6), layout="constrained"), {}
     for panels, task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
         for panel, across in zip(panels, AXES, strict=True):
-            for (_, arm, _), by_seed in [item for item in runs.items() if item[0][0] == task]:
+            for (_, arm, _), by_seed in [item for item in shown.items() if item[0][0] == task]:
                 paths = [path_of(run, base[task], across=across) for run in by_seed.values()]
                 shortest = min(len(x) for x, _ in paths)
                 x = np.mean([x[:shortest] for x, _ in paths], 0)
                 mean, low, high = np.array([interval([y[i] for _, y in paths]) for i in range(shortest)]).T
-                panel.plot(x, mean, marker=".", label=f"{arm} ({len(paths)} seeds)")
-                if len(paths) >= benchmark_ratios.SEEDS:
-                    panel.fill_between(x[1:], low[1:], high[1:], alpha=0.15)
+                (lines[arm],) = panel.plot(x, mean, f"C{arms.index(arm)}", marker=".")
+                if whole:
+                    panel.fill_between(x[1:], low[1:], high[1:], color=lines[arm].get_color(), alpha=0.12, linewidth=0)
             panel.set(title=f"{task}: held-out success", ylim=(0, 1))
             panel.set_xlabel(AXES[across])
             panel.locator_params(axis="x", nbins=6)
-        panels[0].legend(fontsize="x-small")
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=5, fontsize="small")
     aside = path.with_name("curves.tmp.png")
     FigureCanvasAgg(figure).print_png(aside)
     os.replace(aside, path)
