@@ -14,6 +14,7 @@ MODULES = (
     "gradient_signal",
     "study",
     "study.benchmark",
+    "study.screen",
     "bench",
     "shapes.build",
 )  # python -m b2diffurl.*

@@ -112,8 +112,9 @@ ELSEWHERE = {
         "python -m b2diffurl.study --out docs/study/brakes --seeds 101 102 --set train.learning_rate=4e-3 ADDED "
         "--rows ROW",
         "python -m b2diffurl.study.benchmark",
-        "python -m b2diffurl.study.benchmark --arms ddpo b2 b2_lean ddpo_lean",
-        "python -m b2diffurl.study.benchmark --arms b2 b2_lean --lists paired --seeds 1 2 3 --out DIR",
+        "python -m b2diffurl.study.benchmark --arms ddpo b2 b2_half ddpo_half",
+        "python -m b2diffurl.study.benchmark --arms b2 b2_half --lists paired --seeds 1 2 3 --out DIR",
+        "python -m b2diffurl.study.screen",
         "python -m b2diffurl.study.benchmark --search --tasks attribute --arms ddpo ddpo_contrast ddpo_bpt ddpo_bs b2 "
         "--seeds 201",
         "python -m b2diffurl.study.benchmark --search --tasks left --arms ddpo b2 --seeds 201",
