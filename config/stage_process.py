@@ -200,7 +200,7 @@ def shapes_lean():
     config.train.trajectories_per_update = 16
     config.train.algorithm = "dpok"
     config.train.kl_weight = 0.1  # without it, in a search's run, one train prompt fell to 0.31
-    config.train.negative_weight = 0.5  # a little more diversity
+    config.train.negative_weight = 0.5  # perhaps a little more diversity
     return config.lock()
 
 
