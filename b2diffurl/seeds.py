@@ -33,7 +33,8 @@ def further(values):
 def lower_bound(values, confidence=0.95):
     """The one-sided lower bound of the mean over seeds, by Student's t; values: of 2 seeds at least.
 
-    confidence: 0.95 or 0.975. With more than 10 seeds it is a little low.
+    confidence: 0.95 or 0.975, of another one there are no quantiles (KeyError). With more than 10 seeds it is a little
+    low.
     """
     values = np.asarray(values, dtype=float)
     quantiles = {0.95: ONE_SIDED_T, 0.975: STUDENT_T}[confidence]

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from b2diffurl.errors import UserError
@@ -44,8 +45,8 @@ def test_every_job_can_be_configured(tmp_path, design):
         assert getattr(ladder, design.tasks[job.task].success)
         assert ("search" in config.prompts.test) == job.search
     assert len(names) == len(seen)
-    assert {arm for pair in (*design.comparisons, *design.later) for arm in pair} <= design.arms.keys()
-    assert {*dict(design.lean), *design.rivals} <= design.arms.keys()
+    assert {arm for pair in (*design.comparisons, *design.second_look) for arm in pair} <= design.arms.keys()
+    assert {*dict(design.primary), *design.rivals} <= design.arms.keys()
     assert design.grid.keys() <= design.arms.keys()
     same = benchmark.Job(*first[0][:2], design.search_seeds[0])
     assert "search" not in benchmark.configure(same, tmp_path, design).prompts.test
@@ -84,8 +85,8 @@ def test_the_protocols_numbers():
     assert SPARSE.arms["ddpo_half"] == {"method": "ddpo", **half, "train.learning_rate": 8e-3, **drawn}
     for arm in ("b2", "ddpo"):
         assert SPARSE.arms[f"{arm}_guided"] == {**SPARSE.arms[arm], **drawn, "evaluate.guidance_scale": 5.0}
-    assert [*SPARSE.grid["b2_half"]] == [{"sample.guidance_scale": scale} for scale in (5.0, 4.0, 3.5)]
-    assert (SPARSE.later, SPARSE.lean) == ((("b2_half", "ddpo_half"),), (("b2_lean", 0.95), ("b2_half", 0.975)))
+    assert SPARSE.second_look == (("b2_half", "ddpo_half"),)
+    assert SPARSE.primary == (("b2_lean", 0.95), ("b2_half", 0.975))
     assert SPARSE.search_seeds == (202, 203)
     assert [name for name, task in SPARSE.tasks.items() if task.search == "search"] == ["attribute", "left"]
     changed = [own for own in SPARSE.grid["b2_lean"] if "train.learning_rate" not in own]
@@ -109,7 +110,7 @@ def test_the_protocols_numbers():
     assert [*flow.arms] == ["ddpo", "ddpo_bpt", "ddpo_bs", "b2"]
     for arm in flow.arms:
         assert [tuple(own.values()) for own in flow.grid[arm]] == four
-    for arm in SPARSE.grid.keys() - {"b2_half"}:  # as many settings of rates and updates
+    for arm in SPARSE.grid:  # as many settings of rates and updates
         tried = [
             own for own in SPARSE.grid[arm] if own.keys() == {"train.learning_rate", "train.trajectories_per_update"}
         ]
@@ -272,16 +273,64 @@ def test_arms_are_compared_by_seed_and_corrected(monkeypatch):
     (line,) = benchmark_report.differences(benchmark_report.runs_of(rows[::-1]), base, SPARSE)[2:]
     gaps = [(b - d) / 4 for b, d in zip(*ends.values(), strict=True)]  # the last stretch is half of the path
     mean, low, high = interval(gaps)
-    assert (
-        f"| dark | b2 | ddpo | 3 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] | {min(1, 15 * p_value(gaps)):.2g} |" == line
-    )  # of 5 x 3
+    said = f"| dark | b2 | ddpo | 3 | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |"
+    assert line == f"{said} {min(1, 20 * p_value(gaps)):.2g} | 20 |"  # of 5 x 4
     shorter = [row for row in rows if row["arm"] == "ddpo" or row["stage"] == 0]  # b2 went half as far, and no further
     (line,) = benchmark_report.differences(benchmark_report.runs_of(shorter), base, SPARSE)[2:]
-    assert "| +0.000 [+0.000, +0.000] | 1 |" in line
+    assert "| +0.000 [+0.000, +0.000] | 1 | 20 |" in line
     monkeypatch.setattr(benchmark_report, "MARKS", (0.55, 0.9))
     table = benchmark_report.table(benchmark_report.runs_of(rows), base)
     to_mark = 240 + 240 * (0.55 - 0.3) / (0.6 - 0.3)  # the middle one of b2's three, of whom one never comes there
     assert f"| {to_mark:.0f} (2 of 3) | - (0 of 3) |" in table[-2]
+
+
+def test_a_second_look_is_corrected_for_itself():
+    base = {"dark": {"success_test": 0.2}}
+    ends = {"b2": (0.5, 0.6, 0.75), "ddpo": (0.4, 0.55, 0.6), "b2_half": (0.9, 0.8, 0.9), "ddpo_half": (0.6, 0.6, 0.6)}
+    rows = [row for arm, own in ends.items() for seed, end in enumerate(own) for row in rows_of(arm, seed, (end,))]
+    runs = benchmark_report.runs_of(rows)
+    design = SPARSE._replace(tasks=base)
+    first, second = benchmark_report.differences(runs, base, design)[2:]
+    gaps = [(a - b) / 2 for a, b in zip(ends["b2_half"], ends["ddpo_half"], strict=True)]
+    assert (first[:22], first[-5:]) == ("| dark | b2 | ddpo | 3", "| 5 |")
+    assert second.startswith("| dark | b2_half | ddpo_half | 3 |")
+    assert second.endswith(f"| {p_value(gaps):.2g} | 1 |")
+    assert [line.split(" | ")[0] for line in benchmark_report.pooled(runs, base, design)[2:]] == ["| b2", "| b2_half"]
+
+
+def test_every_arm_of_the_primary_outcome_has_its_own_confidence():
+    base = {"dark": {"success_test": 0.2, "success_train": 0.2, "diversity_train": 0.1}}
+    ends = {"b2": (0.5, 0.6), "b2_lean": (0.5, 0.7), "b2_half": (0.5, 0.7)}
+    rows = [
+        stage_of(arm, seed, (end, 0.7, 0.1), 1e6) for arm, own in ends.items() for seed, end in enumerate(own)
+    ]  # fmt: skip
+    found = benchmark_report.primary(benchmark_report.runs_of(rows), base, SPARSE._replace(tasks=base))[2:]
+    for line, arm, confidence, said in zip(found, ("b2_lean", "b2_half"), (0.95, 0.975), ("95", "97.5"), strict=True):
+        assert line.startswith(f"| {arm} at its end - b2 at its |")
+        assert f"| {lower_bound([0, 0.1], confidence):+.3f} ({said} %) |" in line
+    assert lower_bound([0, 0.1], 0.975) < lower_bound([0, 0.1]) - 0.1
+
+
+def test_the_second_looks_guidance_is_what_its_rule_chooses():
+    folder = pathlib.Path("docs/benchmark")
+    rows = [row for part in ("search", "tried") for row in benchmark.stored(folder / part / "results.csv")]
+    runs, base = benchmark_report.runs_of(rows), json.loads((folder / "tried/base.json").read_text())
+    names = ("learning_rate", "trajectories_per_update")
+    tuned = {arm: ", ".join(f"{name} {SPARSE.arms[arm][f'train.{name}']}" for name in names) for arm in SPARSE.rivals}
+    gaps, ends = {}, {}
+    for guidance in (5.0, 4.0, 3.5):
+        mine = {task: runs[task, "b2_half", f"guidance_scale {guidance}"] for task in SPARSE.tasks}
+        assert {tuple(own) for own in mine.values()} == {(221, 222, 223, 224)}
+        ends[guidance] = np.mean([run[-1]["success_test"] for own in mine.values() for run in own.values()])
+        for arm, settings in tuned.items():
+            by_task = []
+            for task, own in mine.items():
+                seeds = (202, 203) if task in ("attribute", "left") else (204, 205, 206)
+                pairs = [(run, runs[task, arm, settings][seed]) for run in own.values() for seed in seeds]
+                by_task.append(np.mean([paths.diversity_gap(*pair, base[task]) for pair in pairs]))
+            gaps.setdefault(guidance, []).append(np.mean(by_task))
+    allowed = [guidance for guidance, own in gaps.items() if min(own) >= -0.006]
+    assert max(allowed, key=ends.get) == SPARSE.arms["b2_half"]["sample.guidance_scale"]
 
 
 def test_the_mean_of_the_tasks_is_over_the_seeds_that_have_them_all():
@@ -453,19 +502,67 @@ def test_the_ratios_figure_has_the_tasks_by_sparsity_and_the_arms_with_enough_se
         for seed in range(count) for row in rows_of(arm, seed, (0.4, 0.9))
     ]  # fmt: skip
     runs = benchmark_report.runs_of(rows)
-    benchmark_ratios.draw(tmp_path / "another.png", runs, base, "another")
+    colours = benchmark_ratios.colours(["ddpo_bs", "ddpo"], runs)
+    assert colours == {"ddpo_bs": "C0", "ddpo": "C1", "b2": "C2"}
+    benchmark_ratios.draw(tmp_path / "another.png", runs, base, "another", colours)
     few = {cell: {seed: own[seed] for seed in range(4)} for cell, own in runs.items()}
-    benchmark_ratios.draw(tmp_path / "few.png", few, base, "ddpo")
-    benchmark_ratios.draw(tmp_path / "ratios.png", runs, base, "ddpo")
+    benchmark_ratios.draw(tmp_path / "few.png", few, base, "ddpo", colours)
+    benchmark_ratios.draw(tmp_path / "ratios.png", runs, base, "ddpo", colours)
     assert [path.name for path in tmp_path.iterdir()] == ["ratios.png"]
-    drawn, named = [], []
-    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, err, label, **_: drawn.append((label, x, [*y])))
+    drawn, named, legends, errorbar = [], [], [], Axes.errorbar
+
+    def recorded(self, x, y, err, label, color, **others):
+        drawn.append((label, color, x, [*y]))
+        return errorbar(self, x, y, err, label=label, color=color, **others)
+
+    monkeypatch.setattr(Axes, "errorbar", recorded)
     monkeypatch.setattr(Axes, "set_xticks", lambda self, places, labels: named.append(labels))
-    monkeypatch.setattr(Axes, "legend", lambda self, **_: None)
-    benchmark_ratios.draw(tmp_path / "ratios.png", runs, base, "ddpo")
+    monkeypatch.setattr(Figure, "legend", lambda self, handles, labels, **_: legends.append(labels))
+    benchmark_ratios.draw(tmp_path / "ratios.png", runs, base, "ddpo", colours)
     assert named[0] == ["left\n0.10", "dark\n0.20", "plain\n0.20"]
-    assert drawn[0] == ("b2", [1, 0, 2], [1, 1, 1])  # the cells are by name: dark, left, plain
+    assert drawn[0] == ("b2", "C2", [1, 0, 2], [1, 1, 1])  # the cells are by name: dark, left, plain
     assert len(drawn) == 2
+    assert legends == [["b2"]]
+
+
+def test_no_two_arms_of_a_design_have_a_colour():
+    for design in DESIGNS.values():
+        assert len({*benchmark_ratios.colours(design.arms, {}).values()}) == len(design.arms)
+
+
+def test_the_curves_are_of_the_arms_with_enough_seeds(tmp_path, monkeypatch):
+    base = {task: {"success_test": 0.2} for task in ("dark", "left")}
+    rows = [
+        {**row, "task": task}
+        for task in base for arm, count in (("ddpo", 5), ("b2", 6 if task == "dark" else 5), ("x", 4))
+        for seed in range(count) for row in rows_of(arm, seed, (0.4 + 0.1 * seed, 0.9))
+    ]  # fmt: skip
+    lines, bands, legends, plot = [], [], [], Axes.plot
+
+    def recorded(self, x, y, color, **others):
+        lines.append((self.get_subplotspec().rowspan.start, color, [*y]))
+        return plot(self, x, y, color=color, **others)
+
+    def band(self, x, low, high, color, **others):
+        bands.append((color, low[0], high[0]))
+
+    monkeypatch.setattr(Axes, "plot", recorded)
+    monkeypatch.setattr(Axes, "fill_between", band)
+    monkeypatch.setattr(Figure, "legend", lambda self, handles, labels, **_: legends.append(labels))
+    runs = benchmark_report.runs_of(rows)
+    colours = benchmark_ratios.colours(["ddpo", "x", "b2"], runs)
+    benchmark_report.draw(tmp_path / "curves.png", runs, base, colours)
+    assert [(task, color) for task, color, _ in lines] == [(row, color) for row in (0, 1) for color in ("C2", "C0") * 2]
+    assert lines[1][2] == pytest.approx([0.2, 0.6, 0.9])
+    _, low, high = interval([0.4 + 0.1 * seed for seed in range(5)])
+    assert bands[1] == ("C0", pytest.approx(low), pytest.approx(high))
+    assert legends == [["b2 (5 to 6 seeds)", "ddpo (5 seeds)"]]
+    lines.clear()
+    bands.clear()
+    few = {cell: own for cell, own in runs.items() if cell[1] == "x"}
+    benchmark_report.draw(tmp_path / "curves.png", few, base, colours)
+    assert {color for _, color, _ in lines} == {"C1"}
+    assert (len(lines), bands, legends[1]) == (4, [], ["x (4 seeds)"])
 
 
 @pytest.mark.parametrize("count", range(2, 11))

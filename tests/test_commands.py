@@ -84,7 +84,11 @@ HERE = [  # in this order: (command, {what is put in for what}, what is added)
 ]  # fmt: skip
 
 CONVERSION = re.compile(r'python -c "import torch, safetensors.* \'model/rewards/\w+\.safetensors\'\)"')  # DOWNLOAD
-HOURS, GPU, DOWNLOAD = "takes hours; small in test_study.py and test_benchmark.py", "needs a GPU", "needs a download"
+HOURS, GPU, DOWNLOAD = (
+    "takes hours; small in test_study.py, test_benchmark.py and test_screen.py",
+    "needs a GPU",
+    "needs a download",
+)
 ELSEWHERE = {
     f"PRESET=sdv1.4 {RUN}": GPU,
     f"PRESET=sdv1.4 {RUN} --config.pretrained.model=/models/sd14": GPU,

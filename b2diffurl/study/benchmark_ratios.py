@@ -10,6 +10,7 @@ from .paths import path_of, spent_to
 AXES = {"queries": "reward queries", "forwards": "forward passes"}
 SHARE = 0.5  # the mark: so much of what the base model lacks to success on every held-out prompt
 SEEDS = 5  # the fewest pairs of which an interval is drawn
+COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold", "lightgreen")
 
 
 def ratios(runs, base, reference, across):
@@ -40,7 +41,13 @@ def ratios(runs, base, reference, across):
     return found
 
 
-def draw(path, runs, base, reference):
+def colours(arms, runs):
+    """{arm: its colour in all figures}: of a design's arms, in their order, then of others that runs has."""
+    names = dict.fromkeys((*arms, *(arm for _, arm, _ in runs)))
+    return {arm: COLOURS[number % len(COLOURS)] for number, arm in enumerate(names)}
+
+
+def draw(path, runs, base, reference, colours):
     """Write the figure: a panel for each of AXES, tasks from the sparsest on, a mark for each arm.
 
     Of arms with SEEDS paired seeds or more; nothing where there is none.
@@ -63,7 +70,7 @@ def draw(path, runs, base, reference):
         for number, (arm, points) in enumerate(found[across].items()):
             ratio, low, high = np.array([*points.values()]).T
             x = [tasks.index(task) + 0.08 * (number - (len(found[across]) - 1) / 2) for task in points]
-            panel.errorbar(x, ratio, (ratio - low, high - ratio), fmt=".", capsize=3, label=arm)
+            panel.errorbar(x, ratio, (ratio - low, high - ratio), fmt=".", color=colours[arm], capsize=3, label=arm)
         panel.axhline(1, color="0.6", linewidth=0.8)
         panel.set_xticks(range(len(tasks)), [f"{task}\n{base[task]['success_test']:.2f}" for task in tasks])
         panel.set(yscale="log", xlabel="task, and the base model's success", title=f"{name} / those of {reference}")

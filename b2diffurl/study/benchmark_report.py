@@ -21,8 +21,9 @@ def write(out, rows, base, design):
     (out / "table.md").write_text(text(rows, base, design), encoding="utf-8")
     shown = [row for row in rows if "failed" not in row and not row["settings"]]  # the table has the others too
     if whole := runs_of(shown):
-        draw(out / "curves.png", whole, base)
-        benchmark_ratios.draw(out / "ratios.png", whole, base, design.reference)
+        colours = benchmark_ratios.colours(design.arms, whole)
+        draw(out / "curves.png", whole, base, colours)
+        benchmark_ratios.draw(out / "ratios.png", whole, base, design.reference, colours)
 
 
 def text(rows, base, design):
@@ -122,15 +123,15 @@ def _median(values):
 
 
 def primary(runs, base, design):
-    """Markdown lines: the arms of design.lean at their end against the rivals at theirs, by seed, means of the tasks.
+    """Markdown lines: the arms of design.primary at their end against the rivals at theirs, means of the tasks by seed.
 
     Only over the seeds that have all of them. Diversity is compared at equal success (paths.diversity_gap); runs that
     stopped with an error have no part in it, nor in passes.
     """
     head = "| primary | seeds | held-out: end | one-sided bound | equal success: diversity | passes, ratio | holds |"
     lines = [head, "| --- " * 7 + "|"]
-    for (lean, confidence), other in itertools.product(design.lean, design.rivals):
-        pairs = [(runs.get((task, lean, ""), {}), runs.get((task, other, ""), {})) for task in design.tasks]
+    for (arm, confidence), other in itertools.product(design.primary, design.rivals):
+        pairs = [(runs.get((task, arm, ""), {}), runs.get((task, other, ""), {})) for task in design.tasks]
         seeds = sorted(set.intersection(*(own.keys() & theirs.keys() for own, theirs in pairs)))
         if len(seeds) < 2:
             continue
@@ -149,7 +150,7 @@ def primary(runs, base, design):
         wanted = len(design.seeds)
         verdict = f"not decided: {len(seeds)} of {wanted} seeds" if len(seeds) < wanted else str(bool(holds))
         cells = (
-            f"{lean} at its end - {other} at its", str(len(seeds)), said_of(gaps, "+.3f"),
+            f"{arm} at its end - {other} at its", str(len(seeds)), said_of(gaps, "+.3f"),
             f"{bound:+.3f} ({100 * confidence:g} %)", diversity, ratio, verdict,
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -159,26 +160,26 @@ def primary(runs, base, design):
 def differences(runs, base, design):
     """Markdown lines: pairs of arms by seed and task, in the area, with Holm's p-values.
 
-    The area is that under the held-out curve as far as both runs went. design.later is corrected for itself.
+    The area is that under the held-out curve as far as both runs went. design.second_look is corrected for itself.
     """
-    lines = ["| task | arm | against | seeds | held-out: area | p, by Holm |", "| --- " * 6 + "|"]
-    for family in (design.comparisons, design.later):
+    lines = ["| task | arm | against | seeds | held-out: area | p, by Holm | over |", "| --- " * 7 + "|"]
+    for family in (design.comparisons, design.second_look):
         found = []
         for task, (arm, other) in itertools.product(base, family):
             areas = [*_areas(runs, base, task, arm, other).values()]
             if len(areas) > 1:
                 found.append((task, arm, other, areas))
-        missing = len(family) * len(design.tasks) - len(found)  # they count as if they had shown nothing
-        corrected = holm([p_value(areas) for *_, areas in found] + [1.0] * missing)[: len(found)]
+        whole = len(family) * len(design.tasks)  # those without runs count as if they had shown nothing
+        corrected = holm([p_value(areas) for *_, areas in found] + [1.0] * (whole - len(found)))[: len(found)]
         for (task, arm, other, areas), p in zip(found, corrected, strict=True):
-            lines.append(f"| {task} | {arm} | {other} | {len(areas)} | {said_of(areas, '+.3f')} | {p:.2g} |")
+            lines.append(f"| {task} | {arm} | {other} | {len(areas)} | {said_of(areas, '+.3f')} | {p:.2g} | {whole} |")
     return lines if len(lines) > 2 else []
 
 
 def pooled(runs, base, design):
     """Markdown lines: the same of the mean of the tasks, over the seeds that have all of them, uncorrected."""
     lines = ["| mean of the tasks | against | seeds | held-out: area | p, uncorrected |", "| --- " * 5 + "|"]
-    for arm, other in (*design.comparisons, *design.later):
+    for arm, other in (*design.comparisons, *design.second_look):
         by_task = [_areas(runs, base, task, arm, other) for task in design.tasks]
         seeds = sorted(set.intersection(*map(set, by_task)))
         if len(seeds) > 1:
@@ -206,17 +207,19 @@ def _between(middle, low, high, form=".3f"):
     return f"{middle:{form}}" + ("" if np.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
 
-def draw(path, runs, base):
+def draw(path, runs, base, colours):
     """Write curves.png: held-out success by queries and by forward passes, a row of panels per task.
 
-    Of the arms with benchmark_ratios.SEEDS seeds or more, with intervals; of all, without, where none has as many.
+    In a task's row are the arms with benchmark_ratios.SEEDS seeds of it or more, with intervals; all, without, where
+    there is no such arm in any task.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     whole = {cell: own for cell, own in runs.items() if len(own) >= benchmark_ratios.SEEDS}
     shown = whole or runs
-    tasks, arms = (list(dict.fromkeys(cell[i] for cell in shown)) for i in (0, 1))
+    tasks = list(dict.fromkeys(task for task, _, _ in shown))
+    seeds = {arm: sorted({len(own) for (_, of, _), own in shown.items() if of == arm}) for _, arm, _ in shown}
     figure, lines = Figure(figsize=(10, 3.4 * len(tasks) + 0.6), layout="constrained"), {}
     for panels, task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
         for panel, across in zip(panels, AXES, strict=True):
@@ -225,13 +228,14 @@ def draw(path, runs, base):
                 shortest = min(len(x) for x, _ in paths)
                 x = np.mean([x[:shortest] for x, _ in paths], 0)
                 mean, low, high = np.array([interval([y[i] for _, y in paths]) for i in range(shortest)]).T
-                (lines[arm],) = panel.plot(x, mean, f"C{arms.index(arm)}", marker=".")
+                (lines[arm],) = panel.plot(x, mean, color=colours[arm], marker=".")
                 if whole:
-                    panel.fill_between(x[1:], low[1:], high[1:], color=lines[arm].get_color(), alpha=0.12, linewidth=0)
+                    panel.fill_between(x[1:], low[1:], high[1:], color=colours[arm], alpha=0.12, linewidth=0)
             panel.set(title=f"{task}: held-out success", ylim=(0, 1))
             panel.set_xlabel(AXES[across])
             panel.locator_params(axis="x", nbins=6)
-    figure.legend(lines.values(), lines, loc="outside upper center", ncols=5, fontsize="small")
+    named = [f"{arm} ({' to '.join(map(str, dict.fromkeys((seeds[arm][0], seeds[arm][-1]))))} seeds)" for arm in lines]
+    figure.legend(lines.values(), named, loc="outside upper center", ncols=4, fontsize="small")
     aside = path.with_name("curves.tmp.png")
     FigureCanvasAgg(figure).print_png(aside)
     os.replace(aside, path)

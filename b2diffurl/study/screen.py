@@ -4,8 +4,8 @@
 on the benchmark's four tasks and the search's prompts, every run with a seed of its own and about half of the settings
 changed. In all runs of a task each setting is changed in half of them, and each two meet as often as they miss each
 other (a fractional factorial design: Box, Hunter & Hunter, "Statistics for Experimenters", 2nd ed., chapter 6), so
-every run speaks of every setting. What two settings do together hides in the effect of a third one, in every task in
-that of another.
+every run speaks of every setting. What two settings do together may hide in the effect of a third one, in every task in
+that of another, or is noise.
 """
 
 import argparse
@@ -17,37 +17,44 @@ import sys
 import numpy as np
 
 from ..errors import UserError
+from ..models import Models
 from ..run import lock
 from . import results
-from .benchmark import Job, run
+from .benchmark import Job, configure, run
 from .designs import SPARSE
 from .runs import each
 
-FACTORS = {  # {name: (settings of its level 0, of its level 1)}
+FACTORS = {  # {name: (settings at level 0, which are b2_lean's, and at level 1)}
     "untrained": ({"schedule.untrained": 10}, {"schedule.untrained": 6}),
     "right": ({"schedule.right": 17}, {"schedule.right": 20}),
     "rate": ({"train.learning_rate": 4e-3}, {"train.learning_rate": 7e-3}),
-    "linear": ({}, {"train.lr_schedule": "linear"}),
+    "linear": ({"train.lr_schedule": "constant"}, {"train.lr_schedule": "linear"}),
     "kl": ({"train.kl_weight": 0.1}, {"train.kl_weight": 0.02}),
-    "history": ({}, {"select.history": 2}),
-    "clip": ({}, {"train.clip_range": 0.5}),
-    "beta2": ({}, {"train.adam_beta2": 0.95}),
-    "rank": ({}, {"train.lora_rank": 16}),
-    "guidance": ({}, {"sample.guidance_scale": 3.0, "evaluate.guidance_scale": 5.0}),
-    "cross": ({}, {"train.lora_targets": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")}),
-    "branches": ({}, {"sample.branches": 8, "sample.groups": 15}),
+    "history": ({"select.history": 8}, {"select.history": 2}),
+    "clip": ({"train.clip_range": 0.2}, {"train.clip_range": 0.5}),
+    "beta2": ({"train.adam_beta2": 0.999}, {"train.adam_beta2": 0.95}),
+    "rank": ({"train.lora_rank": 4}, {"train.lora_rank": 16}),
+    "guidance": ({"sample.guidance_scale": 5.0}, {"sample.guidance_scale": 3.0, "evaluate.guidance_scale": 5.0}),
+    "cross": (
+        {"train.lora_targets": ()},
+        {"train.lora_targets": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")},
+    ),
+    "branches": ({"sample.branches": 5, "sample.groups": 24}, {"sample.branches": 8, "sample.groups": 15}),
     "trajectories": ({"train.trajectories_per_update": 16}, {"train.trajectories_per_update": 10}),
-    "negative": ({}, {"train.negative_weight": 0.5}),
-    "value": ({}, {"train.value_baseline": True, "train.value_learning_rate": 1e-3, "train.value_epochs": 10}),
-    "inverse": ({}, {"train.step_weights": "inverse_gain"}),
+    "negative": ({"train.negative_weight": 1.0}, {"train.negative_weight": 0.5}),
+    "value": (
+        {"train.value_baseline": False},
+        {"train.value_baseline": True, "train.value_learning_rate": 1e-3, "train.value_epochs": 10},
+    ),
+    "inverse": ({"train.step_weights": "one"}, {"train.step_weights": "inverse_gain"}),
 }
-RUNS = 64  # of a task, a power of 2
-STARTED = 224  # of all, in random order
+RUNS = 64  # of a task in a whole design, a power of 2
+STARTED = 224  # the first of all in random order, what there was time for: halves and pairs are nearly balanced
 DESIGN = SPARSE._replace(
     tasks={name: task._replace(search="search") for name, task in SPARSE.tasks.items()},
     every=SPARSE.less["b2_lean"],  # evaluated at its end alone
 )
-FIGURES = {"success_test": "held-out: end", "success_train": "train: end", "diversity_train": "diversity"}
+FIGURES = ("success_test", "success_train", "diversity_train")
 COLUMNS = ("task", "seed", *FACTORS, "forwards", *FIGURES, "failed")
 
 
@@ -55,7 +62,7 @@ class Trial(Job):
     """A run of the screening."""
 
     def name(self):
-        """Shorter than by its settings, which no file name has room for."""
+        """Shorter than by its settings, for which a file name has no room."""
         return f"{self.task} {self.arm} {self.seed}"
 
 
@@ -78,38 +85,46 @@ def plan():
     return found[:STARTED]
 
 
-def effects(rows, figure, equal_success=False):
-    """{factor: (effect, standard error)}: a figure's mean at level 1 minus that at level 0, by least squares.
+def effects(rows, figure, by_slope=False):
+    """{factor: (effect, standard error)}: a figure at level 1 minus that at level 0, by least squares.
 
-    Every task has a mean of its own; equal_success: and a slope in success on train prompts.
+    Every task has a mean of its own; by_slope: and a slope in success on train prompts, which is an outcome too and
+    measured with noise. The variance left is taken as that of all tasks. Raises UserError where the rows are too few to
+    tell all factors apart.
     """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    known = [[float(row["task"] == task) for task in tasks] for row in rows]
-    if equal_success:
-        known = [[*own, *(row["success_train"] * one for one in own)] for row, own in zip(rows, known, strict=True)]
-    matrix = np.array([[*own, *(row[name] - 0.5 for name in FACTORS)] for row, own in zip(rows, known, strict=True)])
+    columns = [[float(row["task"] == task) for row in rows] for task in tasks]
+    if by_slope:
+        columns += [[row["success_train"] * (row["task"] == task) for row in rows] for task in tasks]
+    matrix = np.array([*columns, *([row[name] for row in rows] for name in FACTORS)], dtype=float).T
+    count, unknown = matrix.shape
+    if count <= unknown or np.linalg.matrix_rank(matrix) < unknown:
+        raise UserError(f"{count} runs are too few to tell {len(FACTORS)} settings apart")
     values = np.array([row[figure] for row in rows])
     found = np.linalg.lstsq(matrix, values, rcond=None)[0]
     left = values - matrix @ found
-    variance = left @ left / (len(values) - matrix.shape[1])
-    errors = np.sqrt(variance * np.linalg.inv(matrix.T @ matrix).diagonal())
-    first = matrix.shape[1] - len(FACTORS)
-    return dict(zip(FACTORS, zip(found[first:], errors[first:], strict=True), strict=True))
+    errors = np.sqrt(left @ left / (count - unknown) * np.linalg.inv(matrix.T @ matrix).diagonal())
+    return dict(zip(FACTORS, zip(found[-len(FACTORS) :], errors[-len(FACTORS) :], strict=True), strict=True))
 
 
 def text(rows):
-    """What table.md says: every factor's effects, ± their standard errors. Runs that failed are named and left out."""
+    """What table.md says: every factor's effects, ± their standard errors.
+
+    Runs that failed are named and left out: a setting that makes runs fail is not punished for it.
+    """
     whole = [row for row in rows if "failed" not in row]
-    kinds = [effects(whole, "success_test"), effects(whole, "success_train")]
-    kinds.append(effects(whole, "diversity_train", equal_success=True))
-    lines = ["| setting | from | to | held-out: end | train: end | at equal success: diversity |", "| --- " * 6 + "|"]
+    failed = [f"Failed: {row['task']} {row['seed']} {row['failed']}" for row in rows if "failed" in row]
+    try:
+        kinds = [effects(whole, figure) for figure in FIGURES[:2]] + [effects(whole, FIGURES[2], by_slope=True)]
+    except UserError as error:
+        return "\n\n".join((f"{error}.", *failed)) + "\n"
+    lines = ["| setting | from | to | held-out: end | train: end | diversity, by slope |", "| --- " * 6 + "|"]
     for name, levels in FACTORS.items():
         told = [", ".join(f"{field} {value}" for field, value in own.items()) for own in levels]
         said = [f"{effect:+.3f} ± {error:.3f}" for effect, error in (kind[name] for kind in kinds[:2])]
         said.append("{:+.4f} ± {:.4f}".format(*kinds[2][name]))
         lines.append(f"| {' | '.join((name, *told, *said))} |")
-    lines += [f"\nFailed: {row['task']} {row['seed']} {row['failed']}" for row in rows if "failed" in row]
-    return f"{len(whole)} runs.\n\n" + "\n".join(lines) + "\n"
+    return "\n\n".join((f"{len(whole)} runs.", "\n".join(lines), *failed)) + "\n"
 
 
 def stored(path):
@@ -117,30 +132,52 @@ def stored(path):
     return results.read(path, ("task", "failed"), ("seed", "forwards", *FACTORS))
 
 
-def main(out):
-    """Run what screen.csv in the folder `out` lacks, and write it and table.md. UserError where another one does so."""
-    lock.hold(out)
-    path, todo = out / "screen.csv", {trial.seed: (levels, trial) for levels, trial in plan()}
-    rows = stored(path)
+def unfinished(rows, path):
+    """[(levels, Trial)] of the plan that have no row. UserError for a row that is not the plan's."""
+    left = {trial.seed: (levels, trial) for levels, trial in plan()}
     for row in rows:
-        del todo[row["seed"]]
-    trials = [trial for _, trial in todo.values()]
-    for trial, found in each(trials, functools.partial(run, out=out, design=DESIGN)):
-        figures = {"failed": str(found)} if isinstance(found, UserError) else found[-1]
-        row = {"task": trial.task, "seed": trial.seed, **todo[trial.seed][0], **figures}
-        rows.append({name: row[name] for name in COLUMNS if name in row})
+        levels, trial = left.pop(row.get("seed"), ({}, None))
+        if trial is None or {"task": trial.task, **levels} != {name: row.get(name) for name in ("task", *FACTORS)}:
+            raise UserError(f"{path}: the row of seed {row.get('seed')} is not this plan's; give another --out")
+    return list(left.values())
+
+
+def main(out):
+    """Run what screen.csv in the folder `out` lacks, and write it and table.md.
+
+    UserError where another process works in `out`, and at the end where runs failed: these have a row, and are not run
+    again.
+    """
+    lock.hold(out)
+    path, failed = out / "screen.csv", []
+    rows = stored(path)
+    left = unfinished(rows, path)
+    if left:
+        Models(configure(left[0][1], out, DESIGN)).family  # noqa: B018 - what no run would find is refused here
+    levels = {trial.seed: own for own, trial in left}
+    trials = [trial for _, trial in left]
+    for number, (trial, found) in enumerate(each(trials, functools.partial(run, out=out, design=DESIGN)), 1):
+        row = {"task": trial.task, "seed": trial.seed, **levels[trial.seed]}
+        if isinstance(found, UserError):
+            failed.append(f"{trial.name()}: {found}")
+            row["failed"], said = str(found), f"failed: {found}"
+        else:
+            row |= {name: found[-1][name] for name in ("forwards", *FIGURES)}
+            said = f"{row['success_train']:.3f} train, {row['success_test']:.3f} held-out"
+        rows.append(row)
         results.write(path, sorted(rows, key=lambda row: row["seed"]), COLUMNS)
-        print(f"{trial.name()}: {row.get('failed') or format(row['success_test'], '.3f')}", flush=True)
-    (out / "table.md").write_text(text(stored(path)), encoding="utf-8")
+        (out / "table.md").write_text(text(stored(path)), encoding="utf-8")
+        print(f"{number}/{len(trials)} {trial.name()}: {said}", flush=True)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(trials)} runs failed: {'; '.join(failed)}")
+    print(text(rows))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m b2diffurl.study.screen", description="See docs/benchmark.")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/benchmark/screen"))
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
     try:
-        main(given.out)
+        main(parser.parse_args().out)
     except UserError as error:
         sys.exit(f"screen: {error}")
     except KeyboardInterrupt:
