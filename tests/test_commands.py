@@ -84,11 +84,8 @@ HERE = [  # in this order: (command, {what is put in for what}, what is added)
 ]  # fmt: skip
 
 CONVERSION = re.compile(r'python -c "import torch, safetensors.* \'model/rewards/\w+\.safetensors\'\)"')  # DOWNLOAD
-HOURS, GPU, DOWNLOAD = (
-    "takes hours; small in test_study.py, test_benchmark.py and test_screen.py",
-    "needs a GPU",
-    "needs a download",
-)
+HOURS = "takes hours; small in test_study.py, test_benchmark.py and test_screen.py"
+GPU, DOWNLOAD = "needs a GPU", "needs a download"
 ELSEWHERE = {
     f"PRESET=sdv1.4 {RUN}": GPU,
     f"PRESET=sdv1.4 {RUN} --config.pretrained.model=/models/sd14": GPU,
